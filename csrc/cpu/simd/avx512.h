@@ -1,0 +1,108 @@
+// The vocabulary on AVX-512 (F, BW, VL, DQ): a vector is one register, a mask a mask register.
+// Names and meanings: simd.h and scalar.h.
+#pragma once
+#include <immintrin.h>
+
+#include "half.h"
+
+namespace moesaic {
+namespace {
+
+struct F32x16 { __m512 v; };
+struct U32x16 { __m512i v; };
+struct Mask16 { __mmask16 v; };
+
+inline __mmask16 lanes_below(int n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }
+
+inline F32x16 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F32x16 zero() { return {_mm512_setzero_ps()}; }
+inline F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F32x16 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_below(n), p)}; }
+inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+inline void store_n(float* p, F32x16 a, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }
+
+inline F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F32x16 round_even(F32x16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
+inline U32x16 set1_u32(uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
+inline U32x16 load_u32(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_u32(void* p, U32x16 a) { _mm512_storeu_si512(p, a.v); }
+inline U32x16 load_u8(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline U32x16 load_u16(const uint16_t* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_u8(uint8_t* p, U32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+inline void store_u16(uint16_t* p, U32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+inline U32x16 bits(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+inline F32x16 as_float(U32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+inline U32x16 add(U32x16 a, U32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline U32x16 sub(U32x16 a, U32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline U32x16 bit_and(U32x16 a, U32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline U32x16 bit_or(U32x16 a, U32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline U32x16 bit_xor(U32x16 a, U32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int n> inline U32x16 shl(U32x16 a) { return {_mm512_slli_epi32(a.v, n)}; }
+template <int n> inline U32x16 shr(U32x16 a) { return {_mm512_srli_epi32(a.v, n)}; }
+template <int n> inline U32x16 sar(U32x16 a) { return {_mm512_srai_epi32(a.v, n)}; }
+inline U32x16 min_s32(U32x16 a, U32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
+inline U32x16 max_s32(U32x16 a, U32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline U32x16 to_s32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline F32x16 from_s32(U32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+inline Mask16 gt(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask16 ge(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+inline Mask16 eq(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+inline Mask16 is_nan(F32x16 a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+inline Mask16 eq(U32x16 a, U32x16 b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+inline Mask16 gt_s32(U32x16 a, U32x16 b) { return {_mm512_cmpgt_epi32_mask(a.v, b.v)}; }
+inline Mask16 first_n(int n) { return {lanes_below(n)}; }
+inline Mask16 mask_and(Mask16 a, Mask16 b) { return {__mmask16(a.v & b.v)}; }
+inline Mask16 mask_or(Mask16 a, Mask16 b) { return {__mmask16(a.v | b.v)}; }
+inline Mask16 mask_not(Mask16 a) { return {__mmask16(~a.v)}; }
+inline uint32_t mask_bits(Mask16 a) { return a.v; }
+inline F32x16 select(Mask16 m, F32x16 a, F32x16 b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
+inline U32x16 select(Mask16 m, U32x16 a, U32x16 b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
+
+inline F32x16 load_bf16(const uint16_t* p) { return as_float(shl<16>(load_u16(p))); }
+inline F32x16 load_f16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_bf16(uint16_t* p, F32x16 a) {
+  const U32x16 u = bits(a);
+  const U32x16 odd = bit_and(shr<16>(u), set1_u32(1));
+  const U32x16 rounded = shr<16>(add(add(u, set1_u32(0x7fff)), odd));
+  store_u16(p, select(is_nan(a), set1_u32(0x7fc0), rounded));
+}
+inline void store_f16(uint16_t* p, F32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline float reduce_add(F32x16 a) {
+  const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
+}
+inline float reduce_max(F32x16 a) {
+  const __m256 s8 = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
+  return _mm_cvtss_f32(_mm_max_ss(s2, _mm_movehdup_ps(s2)));
+}
+
+}  // namespace
+}  // namespace moesaic

@@ -1,0 +1,3 @@
+// Argument structs of all CPU kernels.
+#pragma once
+#include "moesaic/selftest.h"

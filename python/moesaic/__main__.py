@@ -1,0 +1,7 @@
+"""``python -m moesaic`` is the command ``moesaic``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tables of implementations: backends/<backend>/<room>.py holds one row per op that it serves."""

@@ -1,0 +1,1 @@
+"""Rows of the reference backend: quant."""

@@ -1,0 +1,1 @@
+"""Definitions of the attention room in plain PyTorch."""

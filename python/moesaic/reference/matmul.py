@@ -1,0 +1,1 @@
+"""Definitions of the matmul room in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""Definitions of the moe room in plain PyTorch."""

@@ -1,0 +1,1 @@
+"""Definitions of the quant room in plain PyTorch."""
