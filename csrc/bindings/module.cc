@@ -3,6 +3,7 @@
 // validates, and every kernel call releases the GIL.
 #include "bindings.h"
 
+#include "moesaic/roofline.h"
 #include "moesaic/selftest.h"
 #include "cpu/table.h"
 
@@ -29,6 +30,20 @@ void simd_selftest(const std::string& isa, const std::string& primitive, int64_t
   set_isa(before);
 }
 
+void roof_read(Address data, int64_t n, int threads) {
+  float sum;
+  RoofReadArgs args{pointer<const float>(data), n, threads, &sum};
+  py::gil_scoped_release release;
+  kernels().roof_read(args);
+}
+
+void roof_fma(int64_t iterations, int threads) {
+  float sum;
+  RoofFmaArgs args{iterations, threads, &sum};
+  py::gil_scoped_release release;
+  kernels().roof_fma(args);
+}
+
 }  // namespace
 }  // namespace moesaic
 
@@ -41,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("name"), "Force an instruction set for the whole process; 'auto' for the best.");
   m.def("max_threads", [] { return omp_get_max_threads(); }, "Threads that the OpenMP runtime would start.");
   m.def("simd_selftest", &simd_selftest, "Run one vocabulary primitive on one instruction set (tests only).");
+  m.def("roof_read", &roof_read, "Read n fp32 values once (the bandwidth roof).");
+  m.def("roof_fma", &roof_fma, "192 flops an iteration and thread, registers only (the FMA roof).");
 #define X(room) bind_##room(m);
 #include "rooms.inc"
 #undef X
