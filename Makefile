@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt csrc/CMakeLists.txt $(shell find csrc -type f) \
            $(wildcard kernels/*/__init__.py)
 
-.PHONY: build demo test test-interpret lint format bench clean
+.PHONY: build demo test test-interpret lint format docs bench clean
 
 build: .venv/built
 
@@ -37,6 +37,10 @@ format: .venv/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cc' | xargs $(BIN)/clang-format -i
+
+# The support table of README and tests/contract/support.json, from the code.
+docs: .venv/test
+	TRITON_INTERPRET=1 $(BIN)/python -m moesaic.testing.support --write
 
 bench: .venv/test
 	$(BIN)/moesaic bench

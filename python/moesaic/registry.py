@@ -67,13 +67,19 @@ class Op:
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops: dict[str, Op] = {}
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("moesaic_backend", default=None)
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "moesaic_backend", default=None
+)
 _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("moesaic_explain", default=False)
 _warned: set[tuple[str, str]] = set()
 
 
-class _Explained(Exception):
-    """Carries the report of :func:`explain` out of a door."""
+class Recorded(Exception):
+    """A call carried out of its door instead of being run: the op, the backend asked for, the flat
+    arguments."""
+
+    def __init__(self, op: Op, backend: str | None, args: tuple[Any, ...]) -> None:
+        self.op, self.backend, self.args_of_op = op, backend, args
 
 
 def define(schema: str, *, room: str, fake: Callable[..., Any]) -> None:
@@ -150,7 +156,8 @@ def implementations(op: str | None = None) -> dict[str, tuple[str, ...]]:
     _load_backends()
     names = _ops if op is None else {op: _find(op)}
     return {
-        name: tuple(b for b in BACKENDS if b in _ops[name].implementations) for name in sorted(names)
+        name: tuple(b for b in BACKENDS if b in _ops[name].implementations)
+        for name in sorted(names)
     }
 
 
@@ -234,7 +241,9 @@ def select(op: Op, backend: str | None, args: tuple[Any, ...]) -> Implementation
                 _report_fallback(op, reasons)
             return row
         reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(f"{op.name}: no implementation serves this call: {'; '.join(reasons)}")
+    raise NotImplementedError(
+        f"{op.name}: no implementation serves this call: {'; '.join(reasons)}"
+    )
 
 
 def _report_fallback(op: Op, reasons: list[str]) -> None:
@@ -283,7 +292,7 @@ def call(name: str, *args: Any, backend: str | None = None) -> Any:
     if not op.implementations:
         _load_backends()
     if _explaining.get():
-        raise _Explained(_report(op, backend, args))
+        raise Recorded(op, backend, args)
     return _run(op, backend, args)
 
 
@@ -298,7 +307,9 @@ def _report(op: Op, backend: str | None, args: tuple[Any, ...]) -> str:
         row = op.implementations.get(name)
         reason = "not available here" if row is None else row.why_not(*args)
         mark = "->" if name == chosen else "  "
-        lines.append(f" {mark} {name:9} {'yes' if reason is None else 'no: ' + reason}{_detail(name)}")
+        lines.append(
+            f" {mark} {name:9} {'yes' if reason is None else 'no: ' + reason}{_detail(name)}"
+        )
     asked = _asked(backend)
     if asked:
         lines.append(f"  forced: {asked}")
@@ -313,12 +324,8 @@ def _detail(backend: str) -> str:
     return f" ({text})" if text else ""
 
 
-def explain(name: str, *args: Any, **kwargs: Any) -> str:
-    """Say which implementation ``moesaic.<name>(*args, **kwargs)`` would use, and why.
-
-    The arguments are those of the public function, and are checked as a call would check them; nothing
-    is computed.  Returns one line per backend with yes, or no and the reason.
-    """
+def record(name: str, *args: Any, **kwargs: Any) -> Recorded | None:
+    """The first op call that ``moesaic.<name>(...)`` would make, not run; None if it makes none."""
     import moesaic
 
     if name not in moesaic.__all__ or not callable(getattr(moesaic, name, None)):
@@ -327,8 +334,33 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
     token = _explaining.set(True)
     try:
         getattr(moesaic, name)(*args, **kwargs)
-    except _Explained as report:
-        return str(report)
+    except Recorded as asked:
+        return asked
     finally:
         _explaining.reset(token)
-    return f"{name}: runs no kernel for these arguments (it is composed of other ops or empty)"
+    return None
+
+
+def explain(name: str, *args: Any, **kwargs: Any) -> str:
+    """Say which implementation ``moesaic.<name>(*args, **kwargs)`` would use, and why.
+
+    The arguments are those of the public function, and are checked as a call would check them; nothing
+    is computed.  Returns one line per backend with yes, or no and the reason.  Of a function that is
+    composed of several ops the first one is explained.
+    """
+    asked = record(name, *args, **kwargs)
+    if asked is None:
+        return f"{name}: needs no kernel for these arguments"
+    return _report(asked.op, asked.backend, asked.args_of_op)
+
+
+def why_not(backend: str, name: str, *args: Any, **kwargs: Any) -> str | None:
+    """None if ``backend`` can serve ``moesaic.<name>(*args, **kwargs)``, else the reason."""
+    _check_backend(backend, "backend")
+    asked = record(name, *args, **kwargs)
+    if asked is None:
+        return None
+    row = asked.op.implementations.get(backend)
+    if row is None:
+        return f"it has no {backend} implementation"
+    return row.why_not(*asked.args_of_op)

@@ -1,12 +1,15 @@
 """Every case on every backend and instruction set of this machine: values, determinism, row and
 thread invariance, poisoned outputs, layouts, torch.library."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 import moesaic
 from moesaic import registry
 from moesaic.backends import cpu
+from moesaic.testing import support
 from moesaic.testing.case import clone
 from moesaic.testing.cases import all_cases
 from moesaic.testing.metrics import check, same_bits
@@ -18,47 +21,52 @@ if cpu.extension is not None:
 SEED = 20260101
 
 
-def serves(case, inputs, backend):
-    """None, or why the backend does not serve the case (only its own `supports` may say so)."""
-    try:
-        with moesaic.use_backend(backend):
-            moesaic.explain(case.op, **inputs)
-            case.run(clone(inputs))
-    except NotImplementedError as error:
-        return str(error)
-    return None
+def name(target):
+    return target[0] if target[1] is None else f"{target[0]}-{target[1]}"
 
 
-@pytest.fixture(params=TARGETS, ids=lambda t: t[0] if t[1] is None else f"{t[0]}-{t[1]}")
+@pytest.fixture(params=TARGETS, ids=name)
 def target(request):
-    backend, isa = request.param
-    if isa is not None:
-        cpu.extension.set_isa(isa)
-    yield request.param
-    if isa is not None:
+    with forced(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[t for t in TARGETS if t[0] != "reference"], ids=name)
+def kernel_target(request):
+    """Kernels promise bits across batches; the reference is defined up to rounding."""
+    with forced(request.param):
+        yield request.param
+
+
+@contextmanager
+def forced(target):
+    if target[1] is not None:
+        cpu.extension.set_isa(target[1])
+    yield
+    if target[1] is not None:
         cpu.extension.set_isa("auto")
 
 
-def supported_or_declared(case, inputs, backend):
-    """Skip a case that its backend declares unsupported; the support snapshot pins the set."""
-    reason = serves(case, inputs, backend)
-    if reason is not None:
-        pytest.skip(reason)
+def run(case, inputs, backend):
+    """Run the case, or skip it where the backend says that it does not serve it: which cases those are
+    is pinned by support.json."""
+    try:
+        return case.run(clone(inputs), backend)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, target):
     inputs = case.make_inputs(SEED)
-    supported_or_declared(case, inputs, target[0])
-    check(case, inputs, case.run(clone(inputs), target[0]), str(target))
+    check(case, inputs, run(case, inputs, target[0]), str(target))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits_again_and_for_every_thread_count(case, target):
     inputs = case.make_inputs(SEED + 1)
-    supported_or_declared(case, inputs, target[0])
     threads = torch.get_num_threads()
-    want = case.run(clone(inputs), target[0])
+    want = run(case, inputs, target[0])
     counts = (1, 2, 3) if target[0] == "cpu" else (threads,)
     try:
         for count in counts:
@@ -70,12 +78,10 @@ def test_same_bits_again_and_for_every_thread_count(case, target):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.take_rows], ids=str)
-def test_a_row_does_not_depend_on_its_neighbours(case, target):
-    if target[0] == "reference":
-        pytest.skip("the reference is defined up to rounding; kernels promise bits")
+def test_a_row_does_not_depend_on_its_neighbours(case, kernel_target):
+    target = kernel_target
     inputs = case.make_inputs(SEED + 2)
-    supported_or_declared(case, inputs, target[0])
-    whole = case.run(clone(inputs), target[0])
+    whole = run(case, inputs, target[0])
     for n in sorted({1, max(case.rows // 2, 1)}):
         part = case.run(clone(case.take_rows(inputs, n)), target[0])
         for got, want in zip(part, whole, strict=True):
@@ -86,18 +92,36 @@ def test_a_row_does_not_depend_on_its_neighbours(case, target):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_isa_gives_the_same_bits(case):
     inputs = case.make_inputs(SEED + 3)
-    supported_or_declared(case, inputs, "cpu")
     results = {}
     try:
         for isa in cpu.extension.variants():
             cpu.extension.set_isa(isa)
-            results[isa] = case.run(clone(inputs), "cpu")
+            results[isa] = run(case, inputs, "cpu")
     finally:
         cpu.extension.set_isa("auto")
     first, *others = results
     for isa in others:
         for got, want in zip(results[isa], results[first], strict=True):
             same_bits(f"{case} {isa} against {first}", got, want)
+
+
+def test_support_is_what_the_snapshot_says():
+    """A kernel that starts refusing a case fails here instead of skipping.  `make docs` rewrites it."""
+    if cpu.extension is None:
+        pytest.skip("no C++ extension in this install")
+    assert support.snapshot("cpu") == support.committed("cpu")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "compile" in c.tags], ids=str)
+def test_torch_library(case):
+    """opcheck through the public door, and one graph under torch.compile."""
+    inputs = case.make_inputs(SEED + 4)
+    recorded = registry.record(case.op, **clone(inputs))
+    torch.library.opcheck(recorded.op.handle, (*recorded.args_of_op, None))
+    want = case.run(clone(inputs))
+    compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(clone(inputs)), want, strict=True):
+        same_bits(f"{case} compiled", got, expected)
 
 
 def test_every_public_op_has_cases():

@@ -20,7 +20,12 @@ def test_no_package_that_shadows_another():
 @pytest.mark.parametrize("room", registry.ROOMS)
 def test_every_room_is_on_every_floor(room):
     package = ROOT / "python/moesaic"
-    for floor in ("ops", "reference", "testing/cases", *(f"backends/{b}" for b in registry.BACKENDS)):
+    for floor in (
+        "ops",
+        "reference",
+        "testing/cases",
+        *(f"backends/{b}" for b in registry.BACKENDS),
+    ):
         assert (package / floor / f"{room}.py").exists() or (package / floor / room).is_dir()
     assert (ROOT / f"csrc/include/moesaic/{room}.h").exists()
     assert (ROOT / f"csrc/cpu/{room}").is_dir()

@@ -50,7 +50,9 @@ def test_argument_beats_context_beats_environment(op, monkeypatch):
 
 
 def test_a_forced_backend_that_cannot_serve_says_why(op):
-    with pytest.raises(NotImplementedError, match=r"'cpu' cannot serve this call: more than 4 elem"):
+    with pytest.raises(
+        NotImplementedError, match=r"'cpu' cannot serve this call: more than 4 elem"
+    ):
         op(LARGE, backend="cpu")
     with pytest.raises(NotImplementedError, match="it has no triton implementation"):
         op(LARGE, backend="triton")
@@ -63,7 +65,10 @@ def test_unknown_backends_are_refused(op, how, monkeypatch):
         with pytest.raises(ValueError, match=f"backend: {expected}"):
             op(SMALL, backend="cuda")
     elif how == "context":
-        with pytest.raises(ValueError, match=f"use_backend: {expected}"), moesaic.use_backend("cuda"):
+        with (
+            pytest.raises(ValueError, match=f"use_backend: {expected}"),
+            moesaic.use_backend("cuda"),
+        ):
             pass
     else:
         monkeypatch.setenv("MOESAIC_BACKEND", "cuda")

@@ -10,8 +10,34 @@ if cpu.extension is None:
     pytest.skip("no C++ extension in this install", allow_module_level=True)
 _C = cpu.extension
 
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 1e-45, -1e-45, 1e-39, 1.1754944e-38, 3.4e38, -3.4e38]
-SPECIAL += [float("inf"), float("-inf"), float("nan"), 88.0, 88.72, 88.73, 88.74, -87.3, -103.9, -104.1]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    0.5,
+    1.5,
+    2.5,
+    -2.5,
+    1e-45,
+    -1e-45,
+    1e-39,
+    1.1754944e-38,
+    3.4e38,
+    -3.4e38,
+]
+SPECIAL += [
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    88.0,
+    88.72,
+    88.73,
+    88.74,
+    -87.3,
+    -103.9,
+    -104.1,
+]
 SPECIAL += [65504.0, 65519.9, 65520.0, 6e-8, 2.98e-8, 2.99e-8, 6.1e-5, 0.6249999, 0.625]
 BINARY = ["add", "sub", "mul", "div", "fma", "min", "max", "select"]
 UNARY = ["exp", "log", "tanh", "round_even", "sum", "horizontal_max"]
@@ -60,7 +86,9 @@ def test_16_bit_stores_round_to_nearest_even(isa):
     every = torch.arange(-32768, 32768, dtype=torch.int16)
     for primitive, dtype in (("store_bf16", torch.bfloat16), ("store_f16", torch.float16)):
         exact = every.view(dtype).float()
-        x = torch.cat([exact, torch.nextafter(exact, exact + 1), (exact + exact.roll(1)) / 2, samples()])
+        x = torch.cat(
+            [exact, torch.nextafter(exact, exact + 1), (exact + exact.roll(1)) / 2, samples()]
+        )
         got = run(isa, primitive, x, out_dtype=torch.int16).view(dtype)
         assert equal(got, x.to(dtype))
 
@@ -80,7 +108,9 @@ def test_elementary_functions(primitive, low, high, ulps):
 
 
 def test_edges_of_exp():
-    x = torch.tensor([float("-inf"), -200.0, -104.1, 0.0, 89.0, float("inf"), float("nan"), -100.0] * 2)
+    x = torch.tensor(
+        [float("-inf"), -200.0, -104.1, 0.0, 89.0, float("inf"), float("nan"), -100.0] * 2
+    )
     got = run(_C.isa(), "exp", x)[:8]
     assert got[:6].tolist() == [0.0, 0.0, 0.0, 1.0, float("inf"), float("inf")]
     assert got[6].isnan()

@@ -43,7 +43,9 @@ def tensor(
         fail(op, argument, f"{ndim} dimensions", describe(value), remedy=remedy)
     if shape is not None and (
         value.ndim != len(shape)
-        or any(want is not None and want != have for want, have in zip(shape, value.shape, strict=True))
+        or any(
+            want is not None and want != have for want, have in zip(shape, value.shape, strict=True)
+        )
     ):
         wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
         fail(op, argument, f"shape {wanted}", describe(value), remedy=remedy)
@@ -64,7 +66,12 @@ def integer(op: str, argument: str, value: Any, low: int, high: int | None = Non
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(op, argument, "an int", type(value).__name__, kind=TypeError)
     if value < low or (high is not None and value > high):
-        fail(op, argument, f"an int >= {low}" if high is None else f"an int in [{low}, {high}]", value)
+        fail(
+            op,
+            argument,
+            f"an int >= {low}" if high is None else f"an int in [{low}, {high}]",
+            value,
+        )
     return value
 
 

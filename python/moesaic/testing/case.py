@@ -50,8 +50,8 @@ class Case:
     tolerance is one for all outputs or a tuple with one for each.  mutates names the arguments written
     in place; they count as further outputs.  take_rows(inputs, n) returns the inputs of the same call on
     its first n rows only: outputs must then be bitwise the first n rows.  room and op name the
-    definition, moesaic.reference.<room>.<op>.  Tags: "bench" (timed), "small" (fit for the Triton
-    interpreter), "row-invariant" follows from take_rows.
+    definition, moesaic.reference.<room>.<op>.  Tags: "bench" (timed instead of tested), "small" (fit for
+    the Triton interpreter), "compile" (checked with opcheck and torch.compile; one or two an op).
     """
 
     id: str
@@ -127,7 +127,9 @@ def _clone(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.numel() and (0 in value.stride() or _overlaps(value)):
             return value
-        out = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        out = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
         return out.copy_(value)
     return value
 

@@ -8,7 +8,12 @@ from torch import Tensor
 from .case import Case, Exact, Inputs, Tolerance, Yardstick, clone, to_gold
 
 #: Spacing of a dtype at 1: half of it is the rounding of a correctly rounded result.
-EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+EPS = {
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.bfloat16: 2.0**-7,
+    torch.float16: 2.0**-10,
+}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,7 +44,9 @@ def same_bits(label: str, got: Tensor, want: Tensor) -> None:
 def _show(t: Tensor, at: tuple[int, ...]) -> str:
     width = 2 * t.element_size()
     raw = int(as_bits(t)[at].item()) & ((1 << 8 * t.element_size()) - 1)
-    return f"{float(t[at].float()) if t.dtype.is_floating_point else int(t[at])} (0x{raw:0{width}x})"
+    return (
+        f"{float(t[at].float()) if t.dtype.is_floating_point else int(t[at])} (0x{raw:0{width}x})"
+    )
 
 
 def _same_form(label: str, got: Tensor, want: Tensor) -> None:
@@ -60,7 +67,9 @@ def within(label: str, got: Tensor, ref: Tensor, gold: Tensor, terms: int) -> No
         wrong = test(g) != test(r)
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
-            raise Mismatch(f"{label}: {name} at other places; first {at}: got {g[at]}, expected {r[at]}")
+            raise Mismatch(
+                f"{label}: {name} at other places; first {at}: got {g[at]}, expected {r[at]}"
+            )
     finite = torch.isfinite(r) & torch.isfinite(d)
     g, r, d = (torch.where(finite, t, 0.0) for t in (g, r, d))
     slack = 2 * (r - d).abs().max() + terms * 2.0**-24 * d.abs().max()

@@ -68,6 +68,4 @@ def measure_roofs(read_bytes: int = 1 << 28) -> Roofs:
     read = best_time(lambda: extension.roof_read(data.data_ptr(), data.numel(), threads))
     iterations = 2_000_000
     fma = best_time(lambda: extension.roof_fma(iterations, threads))
-    return Roofs(
-        extension.isa(), threads, read_bytes / read, 192.0 * iterations * threads / fma
-    )
+    return Roofs(extension.isa(), threads, read_bytes / read, 192.0 * iterations * threads / fma)
