@@ -38,8 +38,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # A kept folder makes rebuilds incremental (make build); pip's own builds start clean, because
-        # CMake remembers tools of the isolated environment, which is gone the next time.
+        # A kept folder makes rebuilds incremental (make build); pip's own builds start clean,
+        # because CMake remembers tools of the isolated environment, which is gone the next time.
         build = Path(os.environ.get("MOESAIC_BUILD_DIR") or self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         ninja = ["-GNinja"] if shutil.which("ninja") else []

@@ -1,8 +1,8 @@
 """moesaic: fused MoE, FP8/FP4 quantized matmul and paged attention for PyTorch.
 
 Every op has one definition (``moesaic.reference``, plain PyTorch) and several implementations (C++
-SIMD on CPUs, Triton on GPUs) that agree with it.  ``moesaic.explain("op", ...)`` says which one a call
-would use and why.
+SIMD on CPUs, Triton on GPUs) that agree with it.  ``moesaic.explain("op", ...)`` says which one a
+call would use and why.
 """
 
 import torch  # noqa: F401  (first: the extension shares the OpenMP runtime that torch loads)

@@ -1,7 +1,7 @@
 """The command ``moesaic`` (also ``python -m moesaic``): env, check, demo, bench.
 
-Each command is a function ``add(subparsers)`` that declares its flags and sets ``run``; what it needs
-beyond the package is imported when it runs.
+Each command is a function ``add(subparsers)`` that declares its flags and sets ``run``; what it
+needs beyond the package is imported when it runs.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Ops and their implementations: define, implement, select, explain.
 
-An *op* is a torch.library schema over plain tensors and numbers, ``moesaic::<name>``.  Its *door* in
-``moesaic.ops.<room>`` checks and normalises what a user passes and then says ``registry.call(name,
-*args, backend=backend)``.  An *implementation* is a row in ``moesaic.backends.<backend>.<room>``: a
-callable with the op's flat arguments, and ``supports``, which answers None or the reason why not.
+An *op* is a torch.library schema over plain tensors and numbers, ``moesaic::<name>``.  Its *door*
+in ``moesaic.ops.<room>`` checks and normalises what a user passes and then says
+``registry.call(name, *args, backend=backend)``.  An *implementation* is a row in
+``moesaic.backends.<backend>.<room>``: a callable with the op's flat arguments, and ``supports``,
+which answers None or the reason why not.
 
 Which implementation runs, in order of strength: the ``backend=`` argument, ``with
 use_backend(...)``, the environment variable ``MOESAIC_BACKEND``, and else the first of
 :data:`PREFERENCE` that supports the call.  A forced backend that cannot serve raises
-NotImplementedError.  Falling back to the reference is logged once per op and reason, and is an error
-under ``MOESAIC_STRICT=1``.
+NotImplementedError.  Falling back to the reference is logged once per op and reason, and is an
+error under ``MOESAIC_STRICT=1``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch import Tensor
 
 NAMESPACE = "moesaic"
 ROOMS = ("quant", "matmul", "moe", "attention")
-#: Backends from the most to the least preferred, by device type.  The reference serves every device.
+#: Backends from the most to the least preferred, by device type.  The reference serves every
+#: device.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -85,8 +87,8 @@ class Recorded(Exception):
 def define(schema: str, *, room: str, fake: Callable[..., Any]) -> None:
     """Define ``moesaic::<op>`` from a torch schema without the namespace.
 
-    A trailing ``str? backend=None`` is added.  ``fake`` gets the flat arguments without it and returns
-    empty tensors of the right shape, dtype and device.
+    A trailing ``str? backend=None`` is added.  ``fake`` gets the flat arguments without it and
+    returns empty tensors of the right shape, dtype and device.
     """
     head, _, returns = schema.rpartition("->")
     head = head.rstrip()[:-1]  # drop the closing parenthesis
@@ -125,7 +127,8 @@ def define(schema: str, *, room: str, fake: Callable[..., Any]) -> None:
 def implement(
     op: str, backend: str, call: Callable[..., Any], supports: Supports | None = None
 ) -> None:
-    """Register one implementation row; called at import of ``moesaic.backends.<backend>.<room>``."""
+    """Register one implementation row; called at import of
+    ``moesaic.backends.<backend>.<room>``."""
     _ops[op].implementations[backend] = Implementation(
         op, backend, call, supports or (lambda *args: None)
     )
@@ -144,7 +147,8 @@ def by_name(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _load_backends() -> None:
-    """Import every backend's rows.  Each backend package decides by itself what it can offer here."""
+    """Import every backend's rows.  Each backend package decides by itself what it can offer
+    here."""
     for room in ROOMS:
         importlib.import_module(f"moesaic.ops.{room}")
     for backend in BACKENDS:
@@ -184,8 +188,8 @@ def _check_backend(name: str, where: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op of this thread inside the block on one backend: "cpu", "triton" or "reference".
 
-    Raises ValueError for an unknown name, and inside the block NotImplementedError, with the reason,
-    for a call that the backend cannot serve.
+    Raises ValueError for an unknown name, and inside the block NotImplementedError, with the
+    reason, for a call that the backend cannot serve.
     """
     token = _forced.set(_check_backend(name, "use_backend"))
     try:
@@ -256,7 +260,7 @@ def _report_fallback(op: Op, reasons: list[str]) -> None:
     if (op.name, text) not in _warned:
         _warned.add((op.name, text))
         log.warning(
-            "%s runs on the PyTorch reference, which is slow: %s. moesaic.explain(%r, ...) tells more.",
+            "%s runs on the slow PyTorch reference: %s. moesaic.explain(%r, ...) tells more.",
             op.name, text, op.name,
         )  # fmt: skip
 
@@ -344,9 +348,9 @@ def record(name: str, *args: Any, **kwargs: Any) -> Recorded | None:
 def explain(name: str, *args: Any, **kwargs: Any) -> str:
     """Say which implementation ``moesaic.<name>(*args, **kwargs)`` would use, and why.
 
-    The arguments are those of the public function, and are checked as a call would check them; nothing
-    is computed.  Returns one line per backend with yes, or no and the reason.  Of a function that is
-    composed of several ops the first one is explained.
+    The arguments are those of the public function, and are checked as a call would check them;
+    nothing is computed.  Returns one line per backend with yes, or no and the reason.  Of a
+    function that is composed of several ops the first one is explained.
     """
     asked = record(name, *args, **kwargs)
     if asked is None:

@@ -48,8 +48,8 @@ def forced(target):
 
 
 def run(case, inputs, backend):
-    """Run the case, or skip it where the backend says that it does not serve it: which cases those are
-    is pinned by support.json."""
+    """Run the case, or skip it where the backend says that it does not serve it: which cases those
+    are is pinned by support.json."""
     try:
         return case.run(clone(inputs), backend)
     except NotImplementedError as reason:
@@ -106,7 +106,8 @@ def test_every_isa_gives_the_same_bits(case):
 
 
 def test_support_is_what_the_snapshot_says():
-    """A kernel that starts refusing a case fails here instead of skipping.  `make docs` rewrites it."""
+    """A kernel that starts refusing a case fails here instead of skipping.  `make docs` rewrites
+    it."""
     if cpu.extension is None:
         pytest.skip("no C++ extension in this install")
     assert support.snapshot("cpu") == support.committed("cpu")

@@ -1,5 +1,5 @@
-"""Installing as a user does: isolated and editable builds without torch at build time, from a copy of
-the sources, used from another directory; and the pure-Python install."""
+"""Installing as a user does: isolated and editable builds without torch at build time, from a copy
+of the sources, used from another directory; and the pure-Python install."""
 
 import os
 import subprocess

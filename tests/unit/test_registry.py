@@ -11,7 +11,8 @@ from moesaic import registry
 
 @pytest.fixture(scope="module")
 def op():
-    """An op of this test alone: the cpu row serves up to four elements, the reference everything."""
+    """An op of this test alone: the cpu row serves up to four elements, the reference
+    everything."""
     registry._load_backends()
     if "test_scale" not in registry._ops:
         registry.define(

@@ -13,7 +13,8 @@ if cpu.extension is None:
 ONE_RUNTIME = """
 import re, torch, moesaic
 from moesaic.backends import cpu
-files = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib(gomp|omp|iomp5)\\b[^/]*$", line)}
+runtime = re.compile(r"/lib(gomp|omp|iomp5)\\b[^/]*$")
+files = {line.split()[-1] for line in open("/proc/self/maps") if runtime.search(line)}
 assert len(files) == 1, files
 torch.set_num_threads(3)
 assert cpu.extension.max_threads() == 3, cpu.extension.max_threads()

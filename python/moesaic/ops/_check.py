@@ -36,7 +36,8 @@ def tensor(
     like: Tensor | None = None,
     remedy: str = "",
 ) -> Tensor:  # fmt: skip
-    """Check type, rank, shape (None = any size), dtype, and that it is on the device of ``like``."""
+    """Check type, rank, shape (None = any size), dtype, and that it is on the device of
+    ``like``."""
     if not isinstance(value, Tensor):
         fail(op, argument, "a torch.Tensor", type(value).__name__, kind=TypeError, remedy=remedy)
     if ndim is not None and value.ndim not in ((ndim,) if isinstance(ndim, int) else ndim):
@@ -72,7 +73,7 @@ def integer(op: str, argument: str, value: Any, low: int, high: int | None = Non
             f"an int >= {low}" if high is None else f"an int in [{low}, {high}]",
             value,
         )
-    return value
+    return value  # type: ignore[return-value]  # a SymInt stands for an int under torch.compile
 
 
 def number(op: str, argument: str, value: Any) -> float:

@@ -1,1 +1,2 @@
-"""What tests/ and bench/ share: cases, error measures, costs and measured roofs, the interpreter guard."""
+"""What tests/ and bench/ share: cases, error measures, costs and measured roofs, the interpreter
+guard."""

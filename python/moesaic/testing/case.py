@@ -1,4 +1,5 @@
-"""One case of the contract: how to call a public op, how exact the answer must be, what it costs."""
+"""One case of the contract: how to call a public op, how exact the answer must be, what it
+costs."""
 
 from __future__ import annotations
 
@@ -20,12 +21,14 @@ class Exact:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Floating results.  With gold = the reference in fp64 and ref = the reference on the same inputs,
+    """Floating results.  With gold = the reference in fp64 and ref = the reference on the same
+    inputs,
 
         |out - gold| <= 2 max|ref - gold| + eps(out dtype) |gold| + floor
 
-    per element, where floor = terms * 2^-24 * max|gold|: the rounding of ``terms`` fp32 operations that
-    another summation order may spend where ref happened to be lucky.  NaN and Inf must coincide.
+    per element, where floor = terms * 2^-24 * max|gold|: the rounding of ``terms`` fp32 operations
+    that another summation order may spend where ref happened to be lucky.  NaN and Inf must
+    coincide.
     """
 
     terms: int = 8
@@ -46,12 +49,13 @@ class Cost:
 class Case:
     """A named call of ``moesaic.<op>``.
 
-    make_inputs(seed) returns the keyword arguments of the door, fresh tensors on the CPU every time.
-    tolerance is one for all outputs or a tuple with one for each.  mutates names the arguments written
-    in place; they count as further outputs.  take_rows(inputs, n) returns the inputs of the same call on
-    its first n rows only: outputs must then be bitwise the first n rows.  room and op name the
-    definition, moesaic.reference.<room>.<op>.  Tags: "bench" (timed instead of tested), "small" (fit for
-    the Triton interpreter), "compile" (checked with opcheck and torch.compile; one or two an op).
+    make_inputs(seed) returns the keyword arguments of the door, fresh tensors on the CPU every
+    time. tolerance is one for all outputs or a tuple with one for each.  mutates names the
+    arguments written in place; they count as further outputs.  take_rows(inputs, n) returns the
+    inputs of the same call on its first n rows only: outputs must then be bitwise the first n
+    rows.  room and op name the definition, moesaic.reference.<room>.<op>.  Tags: "bench" (timed
+    instead of tested), "small" (fit for the Triton interpreter), "compile" (checked with opcheck
+    and torch.compile; one or two an op).
     """
 
     id: str
@@ -107,7 +111,8 @@ def flatten(result: Any) -> tuple[Tensor, ...]:
 
 
 def to_gold(inputs: Inputs) -> Inputs:
-    """The inputs with floating tensors widened to fp64, so that the reference gives the gold result.
+    """The inputs with floating tensors widened to fp64, so that the reference gives the gold
+    result.
 
     FP8 tensors are codes and stay as they are, as does everything inside a QuantTensor.
     """

@@ -36,8 +36,8 @@ def same_bits(label: str, got: Tensor, want: Tensor) -> None:
     if differ.any():
         at = tuple(differ.nonzero()[0].tolist())
         raise Mismatch(
-            f"{label}: {int(differ.sum())} of {differ.numel()} elements differ in bits; the first at "
-            f"{at}: got {_show(got, at)}, expected {_show(want, at)}"
+            f"{label}: {int(differ.sum())} of {differ.numel()} elements differ in bits; the first "
+            f"at {at}: got {_show(got, at)}, expected {_show(want, at)}"
         )
 
 
@@ -78,8 +78,9 @@ def within(label: str, got: Tensor, ref: Tensor, gold: Tensor, terms: int) -> No
     if (error > allowed).any():
         at = _worst(error - allowed)
         raise Mismatch(
-            f"{label}: error {error[at]:.3e} at {at} exceeds {allowed[at]:.3e}; got {_show(got, at)}, "
-            f"reference {_show(ref, at)}, fp64 {d[at]:.9g}; {int((error > allowed).sum())} elements exceed"
+            f"{label}: error {error[at]:.3e} at {at} exceeds {allowed[at]:.3e}; "
+            f"got {_show(got, at)}, reference {_show(ref, at)}, fp64 {d[at]:.9g}; "
+            f"{int((error > allowed).sum())} elements exceed"
         )
 
 

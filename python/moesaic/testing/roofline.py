@@ -1,4 +1,5 @@
-"""The machine's own limits, measured in the same process, threads and instruction set as the kernels."""
+"""The machine's own limits, measured in the same process, threads and instruction set as the
+kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which backend serves which contract case: the committed snapshot and the table in README.
 
-    python -m moesaic.testing.support           compare with the committed files, exit 1 on a difference
-    python -m moesaic.testing.support --write   rewrite them
+    python -m moesaic.testing.support           compare with the committed files, exit 1 on a
+    difference python -m moesaic.testing.support --write   rewrite them
 
 The triton column needs TRITON_INTERPRET=1 on a machine without a GPU.
 """

@@ -7,11 +7,11 @@ from types import ModuleType
 import torch  # noqa: F401  (before _C, so that both use the OpenMP runtime that torch loads)
 
 try:
-    from ... import _C
+    from ... import _C  # type: ignore[attr-defined]
 except ModuleNotFoundError as error:  # not built; any other failure of the import is a defect
     if error.name != "moesaic._C":
         raise
-    _C = None  # type: ignore[assignment]
+    _C = None
 
 extension: ModuleType | None = _C
 
