@@ -43,7 +43,8 @@ docs: .venv/test
 	TRITON_INTERPRET=1 $(BIN)/python -m moesaic.testing.support --write
 
 bench: .venv/test
-	$(BIN)/moesaic bench
+	$(BIN)/moesaic bench --json bench/results/cpu.json
+	$(BIN)/python bench/report.py
 
 clean:
 	rm -rf .venv build python/moesaic/_C*.so python/*.egg-info .pytest_cache .hypothesis

@@ -88,6 +88,19 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    """Measure the bench cases of the rooms named."""
+    from pathlib import Path
+
+    from moesaic.testing import bench
+
+    report = bench.measure_all(args.rooms, seconds=0.3 if args.quick else 1.0)
+    print("call overhead in us:", {op: round(us, 1) for op, us in report["overhead_us"].items()})
+    if args.json:
+        bench.save(report, Path(args.json))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="moesaic", description=__doc__)
@@ -96,6 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="compare the kernels with the reference (< 60 s)")
     check.add_argument("--seconds", type=float, default=60.0, help="time limit (default 60)")
     check.set_defaults(run=_check)
+    bench = commands.add_parser("bench", help="measure the kernels beside roofs and rivals")
+    bench.add_argument("rooms", nargs="*", help="quant matmul moe attention (default: all)")
+    bench.add_argument("--quick", action="store_true", help="a third of the time per variant")
+    bench.add_argument("--json", metavar="FILE", help="write the results")
+    bench.set_defaults(run=_bench)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
