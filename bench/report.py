@@ -19,7 +19,7 @@ def tables(report: dict) -> str:
         f"Measured {machine['date']} on {machine['cpu']}, {machine['cores']} threads, torch "
         f"{machine['torch']}. Roofs measured in the same run: "
         + "; ".join(
-            f"{isa} {r['read_bytes_per_s'] / 1e9:.1f} GB/s read, {r['flops_per_s'] / 1e9:.0f} GFLOP/s"
+            f"{isa} {r['read_bytes_per_s'] / 1e9:.1f} GB/s, {r['flops_per_s'] / 1e9:.0f} GFLOP/s"
             for isa, r in roofs.items()
         )
         + ".",

@@ -85,8 +85,8 @@ def _prepared(variant: Variant, case: Case, pool: list[Inputs]) -> list[Inputs] 
         got, want = variant.call(prepared[0]), case.reference(clone(pool[0]))[0]
     except rivals.NotServed as reason:
         return f"not served: {reason}"
-    error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
-    return prepared if error < rivals.RELATIVE_L2 else f"wrong: relative L2 error {error:.1e}"
+    off = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+    return prepared if off < rivals.RELATIVE_L2 else f"wrong: relative L2 error {off:.1e}"
 
 
 def _use(isa: str | None) -> None:
