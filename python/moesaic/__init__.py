@@ -7,7 +7,7 @@ call would use and why.
 
 import torch  # noqa: F401  (first: the extension shares the OpenMP runtime that torch loads)
 
-from .registry import explain, implementations, use_backend
+from .registry import explain, implementations, load_backends, use_backend
 
 __version__ = "0.1.0"
 
@@ -17,3 +17,5 @@ __all__ = [
     "implementations",
     "use_backend",
 ]
+
+load_backends()

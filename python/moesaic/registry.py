@@ -145,19 +145,15 @@ def by_name(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@functools.cache
-def _load_backends() -> None:
-    """Import every backend's rows.  Each backend package decides by itself what it can offer
-    here."""
-    for room in ROOMS:
-        importlib.import_module(f"moesaic.ops.{room}")
+def load_backends() -> None:
+    """Import every backend's rows, once the doors have defined their ops; what ``import moesaic``
+    ends with.  Each backend package decides by itself what it can offer on this machine."""
     for backend in BACKENDS:
         importlib.import_module(f"moesaic.backends.{backend}")
 
 
 def implementations(op: str | None = None) -> dict[str, tuple[str, ...]]:
     """The backends that implement each op (or the one named), best first."""
-    _load_backends()
     names = _ops if op is None else {op: _find(op)}
     return {
         name: tuple(b for b in BACKENDS if b in _ops[name].implementations)
@@ -167,12 +163,10 @@ def implementations(op: str | None = None) -> dict[str, tuple[str, ...]]:
 
 def ops() -> dict[str, Op]:
     """All defined ops by name."""
-    _load_backends()
     return dict(_ops)
 
 
 def _find(name: str) -> Op:
-    _load_backends()
     if name not in _ops:
         raise ValueError(f"moesaic: op: expected one of {', '.join(sorted(_ops))}, got {name!r}")
     return _ops[name]
@@ -289,12 +283,9 @@ def call(name: str, *args: Any, backend: str | None = None) -> Any:
     op = _ops[name]
     plain, grad = _plain(args)
     if grad and torch.is_grad_enabled():
-        reference = op.implementations.get("reference") or _find(name).implementations["reference"]
-        return reference.call(*args)
+        return op.implementations["reference"].call(*args)
     if torch.compiler.is_compiling() or not plain:
         return op.handle(*args, backend)
-    if not op.implementations:
-        _load_backends()
     if _explaining.get():
         raise Recorded(op, backend, args)
     return _run(op, backend, args)
@@ -334,7 +325,6 @@ def record(name: str, *args: Any, **kwargs: Any) -> Recorded | None:
 
     if name not in moesaic.__all__ or not callable(getattr(moesaic, name, None)):
         raise ValueError(f"explain: name: expected a public op of moesaic, got {name!r}")
-    _load_backends()
     token = _explaining.set(True)
     try:
         getattr(moesaic, name)(*args, **kwargs)
