@@ -37,9 +37,9 @@ void roof_read(Address data, int64_t n, int threads) {
   kernels().roof_read(args);
 }
 
-void roof_fma(int64_t iterations, int threads) {
+void roof_fma(int64_t steps, int threads) {
   float sum;
-  RoofFmaArgs args{iterations, threads, &sum};
+  RoofFmaArgs args{steps, threads, &sum};
   py::gil_scoped_release release;
   kernels().roof_fma(args);
 }
@@ -57,7 +57,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("max_threads", [] { return omp_get_max_threads(); }, "Threads that the OpenMP runtime would start.");
   m.def("simd_selftest", &simd_selftest, "Run one vocabulary primitive on one instruction set (tests only).");
   m.def("roof_read", &roof_read, "Read n fp32 values once (the bandwidth roof).");
-  m.def("roof_fma", &roof_fma, "192 flops an iteration and thread, registers only (the FMA roof).");
+  m.def("roof_fma", &roof_fma, "`steps` FMAs of 32 flops a thread, registers only (the FMA roof).");
 #define X(room) bind_##room(m);
 #include "rooms.inc"
 #undef X

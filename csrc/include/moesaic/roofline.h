@@ -12,7 +12,7 @@ struct RoofReadArgs {
 };
 
 struct RoofFmaArgs {
-  int64_t iterations;  // each does 6 F32x16 FMAs = 192 flops per thread
+  int64_t steps;  // F32x16 FMAs a thread, 32 flops each; rounded down to a multiple of the chains
   int threads;
   float* sum;  // [1]
 };

@@ -67,6 +67,6 @@ def measure_roofs(read_bytes: int = 1 << 28) -> Roofs:
     threads = torch.get_num_threads()
     data = torch.ones(read_bytes // 4)
     read = best_time(lambda: extension.roof_read(data.data_ptr(), data.numel(), threads))
-    iterations = 2_000_000
-    fma = best_time(lambda: extension.roof_fma(iterations, threads))
-    return Roofs(extension.isa(), threads, read_bytes / read, 192.0 * iterations * threads / fma)
+    steps = 12_000_000
+    fma = best_time(lambda: extension.roof_fma(steps, threads))
+    return Roofs(extension.isa(), threads, read_bytes / read, 32.0 * steps * threads / fma)
