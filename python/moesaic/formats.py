@@ -232,7 +232,7 @@ class QuantFormat:
         """Inverse of ``str(format)``, for example ``"e2m1:1x32:e8m0:even:rne"`` for MXFP4."""
         if not isinstance(spec, str):
             raise TypeError(f"QuantFormat: spec: expected str, got {type(spec).__name__}")
-        return _from_string(cls, spec)
+        return _from_string(spec)
 
     @property
     def element_type(self) -> ElementType:
@@ -300,7 +300,7 @@ class QuantFormat:
 
 
 @lru_cache(maxsize=256)
-def _from_string(cls: type[QuantFormat], spec: str) -> QuantFormat:
+def _from_string(spec: str) -> QuantFormat:
     parts = spec.split(":")
     four_over_six = parts[-1] == "4over6"
     parts = parts[: len(parts) - four_over_six]
@@ -312,7 +312,7 @@ def _from_string(cls: type[QuantFormat], spec: str) -> QuantFormat:
         )
     element, _, scale, scale_rule, rounding = parts
     rows, cols = (-1 if b == "*" else int(b) for b in block)
-    return cls(
+    return QuantFormat(
         element,
         (rows, cols),
         scale.removesuffix("+global"),
@@ -383,7 +383,7 @@ class QuantTensor:
 
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same matrix on another device."""
-        return pytree.tree_map(lambda t: t.to(device), self)
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -425,7 +425,7 @@ class PackedWeight:
         """The same bytes on another device; whether that device has the layout is for the caller to
         know.
         """
-        return pytree.tree_map(lambda t: t.to(device), self)
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), self)
 
 
 def _register_pytree(cls: type, tensors: tuple[str, ...], constants: tuple[str, ...]) -> None:
