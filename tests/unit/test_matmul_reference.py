@@ -1,4 +1,4 @@
-"""The definitions of the matmul room: exact decoding, one rounding, fp32 bias, torch's scaled_mm."""
+"""The definitions of the matmul room: exact decoding, one rounding, fp32 bias, torch.scaled_mm."""
 
 import math
 

@@ -260,7 +260,7 @@ def _bounded(amax: Tensor, eps: float, amax_ub: float | None) -> Tensor:
 
 
 def _split(x: Tensor, format: QuantFormat) -> Tensor:
-    """[..., N, K], zero-padded to blocks, as [..., rows, rows of a block, columns, columns of one]."""
+    """[..., N, K] zero-padded to whole blocks: [..., rows, block rows, columns, block columns]."""
     shape = tuple(x.shape)
     *lead, rows, cols = format.scale_shape(shape)
     height, width = (
