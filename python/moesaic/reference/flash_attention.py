@@ -339,9 +339,7 @@ def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return torch.where(inside & (page >= 0), page * block_size + positions % block_size, -1)
 
 
-def _rotate(
-    x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotary embedding of the first 2 * cos.shape[1] dimensions of x [B, S, H, D]; fp32 inside."""
     positions = positions.clamp(0, cos.shape[0] - 1)
     cos, sin = cos.float()[positions].unsqueeze(2), sin.float()[positions].unsqueeze(2)
