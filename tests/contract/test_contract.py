@@ -12,6 +12,7 @@ from moesaic.backends import cpu
 from moesaic.testing import support
 from moesaic.testing.case import clone
 from moesaic.testing.cases import all_cases
+from moesaic.testing.memory import fenced, poisoned
 from moesaic.testing.metrics import check, same_bits
 
 CASES = [c for c in all_cases() if "bench" not in c.tags]
@@ -86,6 +87,28 @@ def test_a_row_does_not_depend_on_its_neighbours(case, kernel_target):
         part = case.run(clone(case.take_rows(inputs, n)), target[0])
         for got, want in zip(part, whole, strict=True):
             same_bits(f"{case} {target} rows={n}", got, want[: got.shape[0]])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_output_is_written_and_nothing_beside_it(case, kernel_target):
+    inputs = case.make_inputs(SEED + 5)
+    want = run(case, inputs, kernel_target[0])
+    with poisoned():
+        got = case.run(clone(inputs), kernel_target[0])
+    for g, w in zip(got, want, strict=True):
+        same_bits(f"{case} {kernel_target} poisoned", g, w)
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_outside_the_inputs_is_touched(case, kernel_target, at_end):
+    """Inputs that touch an inaccessible page: an access one byte outside kills the process."""
+    inputs = case.make_inputs(SEED + 6)
+    want = run(case, inputs, kernel_target[0])
+    with fenced(inputs, at_end) as walled:
+        got = case.run(walled, kernel_target[0])
+        for g, w in zip(got, want, strict=True):
+            same_bits(f"{case} {kernel_target} fenced", g, w)
 
 
 @pytest.mark.skipif(cpu.extension is None, reason="no C++ extension in this install")
