@@ -7,14 +7,37 @@ call would use and why.
 
 import torch  # noqa: F401  (first: the extension shares the OpenMP runtime that torch loads)
 
+from .formats import PackedWeight, QuantFormat, QuantTensor
+from .ops.matmul import pack_weight, quant_linear, scaled_mm, unpack_weight
+from .ops.quant import (
+    dequantize,
+    fake_quantize,
+    quantization_error,
+    quantize,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
 from .registry import explain, implementations, load_backends, use_backend
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PackedWeight",
+    "QuantFormat",
+    "QuantTensor",
     "__version__",
+    "dequantize",
     "explain",
+    "fake_quantize",
     "implementations",
+    "pack_weight",
+    "quant_linear",
+    "quantization_error",
+    "quantize",
+    "rms_norm_quantize",
+    "scaled_mm",
+    "silu_mul_quantize",
+    "unpack_weight",
     "use_backend",
 ]
 

@@ -220,12 +220,17 @@ class QuantFormat:
                 "QuantFormat: four_over_six: expected element e2m1 with e4m3 scales, "
                 f"got {self.element} with {self.scale} scales"
             )
+        # Made once: torch.compile sees a constant, and every op call hands it to its schema.
+        object.__setattr__(self, "_spec", self._make_spec())
 
-    def __str__(self) -> str:
+    def _make_spec(self) -> str:
         rows, cols = ("*" if b == -1 else str(b) for b in self.block)
         scale = self.scale + ("+global" if self.global_scale else "")
         parts = [self.element, f"{rows}x{cols}", scale, self.scale_rule, self.rounding]
         return ":".join(parts + ["4over6"] * self.four_over_six)
+
+    def __str__(self) -> str:
+        return self._spec  # type: ignore[attr-defined]
 
     @classmethod
     def from_string(cls, spec: str) -> QuantFormat:

@@ -84,11 +84,12 @@ class Recorded(Exception):
         self.op, self.backend, self.args_of_op = op, backend, args
 
 
-def define(schema: str, *, room: str, fake: Callable[..., Any]) -> None:
+def define(schema: str, *, room: str, fake: Callable[..., Any] | None) -> None:
     """Define ``moesaic::<op>`` from a torch schema without the namespace.
 
     A trailing ``str? backend=None`` is added.  ``fake`` gets the flat arguments without it and
-    returns empty tensors of the right shape, dtype and device.
+    returns empty tensors of the right shape, dtype and device.  None makes the op eager only: its
+    implementations may return any object, and torch.compile gets a NotImplementedError.
     """
     head, _, returns = schema.rpartition("->")
     head = head.rstrip()[:-1]  # drop the closing parenthesis
@@ -117,6 +118,8 @@ def define(schema: str, *, room: str, fake: Callable[..., Any]) -> None:
         return _run(op, backend, args)
 
     def run_fake(*args: Any, backend: str | None = None) -> Any:
+        if fake is None:
+            raise NotImplementedError(f"{name}: is not traceable; call it outside torch.compile")
         return fake(*args[: len(op.arguments)])
 
     for key in ("CPU", "CUDA"):

@@ -50,7 +50,14 @@ def pack_weight(weight: QuantTensor | Tensor) -> PackedWeight:
 
 
 def unpack_weight(packed: PackedWeight) -> QuantTensor | Tensor:
-    """What was given to :func:`pack_weight`, bit for bit."""
+    """What was given to :func:`pack_weight`, bit for bit.
+
+    A weight in another backend's layout is undone by that backend.
+    """
+    if packed.layout != "plain":
+        from ..ops.matmul import unpack_by_layout
+
+        return unpack_by_layout(packed)
     if packed.format.startswith("dense:"):
         return packed.data.view(getattr(torch, packed.format.removeprefix("dense:")))
     if packed.scale is None:

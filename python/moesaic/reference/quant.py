@@ -17,6 +17,7 @@ and codes and scales do not depend on the input's dtype beyond its values). The 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,8 +127,8 @@ def fake_quantize(
         q = quantize(
             x, format, scale=scale, global_scale=global_scale, eps=eps, amax_ub=amax_ub, seed=seed
         )
-        inside = _inside(x, q).reshape(x.shape) if clip_gradient else None
-    return straight_through(x, dequantize(q, x.dtype).reshape(x.shape), inside)
+        mask = inside(x, q).reshape(x.shape) if clip_gradient else None
+    return straight_through(x, dequantize(q, x.dtype).reshape(x.shape), mask)
 
 
 def straight_through(x: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -160,7 +161,7 @@ def rms_norm_quantize(
     eps: float = 0.0,
     amax_ub: float | None = None,
     seed: int | None = None,
-) -> QuantTensor | tuple[QuantTensor | Tensor, ...]:
+) -> Any:
     """Quantize ``rms_norm(x + residual) * weight``; ``x`` [..., N, K], ``weight`` [K].
 
     ``h = round(x + residual)`` (only with a residual), ``y = round(h * rsqrt(mean(h**2) + norm_eps)
@@ -236,8 +237,12 @@ def quantization_error(x: Tensor, q: QuantTensor) -> dict[str, float]:
     nan: fraction of elements that decode to NaN. Elements that are not finite on either side are
     left out of the first four. All in fp64; an empty tensor has error 0 and cosine 1.
     """
+    return error_between(x, q, dequantize(q, torch.float64))
+
+
+def error_between(x: Tensor, q: QuantTensor, got: Tensor) -> dict[str, float]:
+    """:func:`quantization_error` with the fp64 values of ``q`` already known."""
     want = x.reshape(q.shape).double()
-    got = dequantize(q, torch.float64)
     count = max(want.numel(), 1)
     finite = want.isfinite() & got.isfinite()
     a, b = want[finite], got[finite]
@@ -249,7 +254,7 @@ def quantization_error(x: Tensor, q: QuantTensor) -> dict[str, float]:
         "rel_l2": math.sqrt(ratio),
         "max_abs": float((a - b).abs().max()) if a.numel() else 0.0,
         "cosine": float(a @ b) / norms if norms else float(noise == 0),
-        "clipped": float((~_inside(x, q) & ~want.isnan()).sum()) / count,
+        "clipped": float((~inside(x, q) & ~want.isnan()).sum()) / count,
         "flushed": float(((got == 0) & (want.abs() > 0)).sum()) / count,
         "nan": float(got.isnan().sum()) / count,
     }
@@ -409,7 +414,7 @@ def _candidate(
     return scale, codes, _split(error, format).sum(dim=(-3, -1))
 
 
-def _inside(x: Tensor, q: QuantTensor) -> Tensor:
+def inside(x: Tensor, q: QuantTensor) -> Tensor:
     """Whether each element of x is within what its block of ``q`` can hold; False for NaN.
 
     The limit is widened by 2**-22 for the rounding of an fp32 scale, which does not clip.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Inputs = dict[str, Any]
 
@@ -95,19 +96,8 @@ class Case:
 
 
 def flatten(result: Any) -> tuple[Tensor, ...]:
-    """The tensors of a result, in order: tuples, dataclasses and None inside are walked."""
-    if result is None:
-        return ()
-    if isinstance(result, Tensor):
-        return (result,)
-    if isinstance(result, (tuple, list)):
-        return tuple(t for item in result for t in flatten(item))
-    if hasattr(result, "__dataclass_fields__"):
-        return tuple(
-            t for name in result.__dataclass_fields__ for t in flatten(getattr(result, name))
-            if not isinstance(getattr(result, name), (str, int))
-        )  # fmt: skip
-    return ()
+    """The tensors of a result, in order: of tuples, QuantTensors and PackedWeights."""
+    return tuple(t for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
 
 
 def to_gold(inputs: Inputs) -> Inputs:
