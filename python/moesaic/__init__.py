@@ -7,7 +7,19 @@ call would use and why.
 
 import torch  # noqa: F401  (first: the extension shares the OpenMP runtime that torch loads)
 
-from .formats import PackedWeight, QuantFormat, QuantTensor
+from .formats import (
+    FP8_BLOCK_1X128,
+    FP8_BLOCK_128X128,
+    FP8_ROW,
+    FP8_TENSOR,
+    INT8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    PackedWeight,
+    QuantFormat,
+    QuantTensor,
+)
 from .ops.matmul import pack_weight, quant_linear, scaled_mm, unpack_weight
 from .ops.quant import (
     dequantize,
@@ -22,6 +34,14 @@ from .registry import explain, implementations, load_backends, use_backend
 __version__ = "0.1.0"
 
 __all__ = [
+    "FP8_BLOCK_1X128",
+    "FP8_BLOCK_128X128",
+    "FP8_ROW",
+    "FP8_TENSOR",
+    "INT8",
+    "MXFP4",
+    "MXFP8",
+    "NVFP4",
     "PackedWeight",
     "QuantFormat",
     "QuantTensor",

@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+
 from moesaic.formats import (
     FP8_BLOCK_128X128,
     FP8_ROW,
@@ -22,7 +24,6 @@ from moesaic.formats import (
     element_type,
     element_values,
 )
-from torch.utils import _pytree as pytree
 
 ML_DTYPES = {
     "e4m3fn": ml_dtypes.float8_e4m3fn,

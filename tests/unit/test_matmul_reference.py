@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import ScalingType, linear
+from torch.nn.functional import scaled_mm as torch_scaled_mm
+
 from moesaic.formats import (
     FP8_BLOCK_1X128,
     FP8_BLOCK_128X128,
@@ -25,8 +28,6 @@ from moesaic.reference.matmul import (
     unpack_weight,
 )
 from moesaic.reference.quant import dequantize, quantize
-from torch.nn.functional import ScalingType, linear
-from torch.nn.functional import scaled_mm as torch_scaled_mm
 
 
 def raw(t):

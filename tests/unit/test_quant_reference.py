@@ -18,6 +18,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize as ct_qua
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
+
 from moesaic import formats
 from moesaic.formats import (
     FP8_BLOCK_128X128,
