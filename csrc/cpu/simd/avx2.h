@@ -138,6 +138,47 @@ inline void store_f16(uint16_t* p, F32x16 a) {
   _mm_storeu_si128(q + 1, _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Packed weight codes; see scalar.h.
+inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+  // Low and high byte of each code's bf16 pattern.
+  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+      0x00, 0x00, char(0x80), char(0xc0), 0x00, 0x40, char(0x80), char(0xc0),
+      0x00, 0x00, char(0x80), char(0xc0), 0x00, 0x40, char(0x80), char(0xc0)));
+  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+      0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40,
+      char(0x80), char(0xbf), char(0xbf), char(0xbf), char(0xc0), char(0xc0), char(0xc0), char(0xc0)));
+  const __m256i nibble = _mm256_set1_epi8(15), odd = _mm256_set1_epi32(int(0xffff0000));
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  for (int pair = 0; pair < 2; ++pair) {
+    const __m256i code = _mm256_and_si256(pair ? _mm256_srli_epi16(v, 4) : v, nibble);
+    const __m256i l = _mm256_shuffle_epi8(low, code), h = _mm256_shuffle_epi8(high, code);
+    const __m256i a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
+    w[2 * pair] = as_float(U32x16{_mm256_slli_epi32(a, 16), _mm256_slli_epi32(b, 16)});
+    w[2 * pair + 1] = as_float(U32x16{_mm256_and_si256(a, odd), _mm256_and_si256(b, odd)});
+  }
+}
+inline F32x16 from_f16(__m256i h) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
+// E4M3 codes in the high bytes of words -> fp16 of value / 256.
+inline __m256i e4m3_to_f16(__m256i v) {
+  return _mm256_and_si256(_mm256_srai_epi16(v, 1), _mm256_set1_epi16(short(0xbf80)));
+}
+inline void decode_e4m3(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  k0 = from_f16(e4m3_to_f16(_mm256_slli_epi16(v, 8)));
+  k1 = from_f16(e4m3_to_f16(v));
+}
+inline void decode_e5m2(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  k0 = from_f16(_mm256_slli_epi16(v, 8));
+  k1 = from_f16(_mm256_and_si256(v, _mm256_set1_epi16(short(0xff00))));
+}
+inline F32x16 load_e4m3(const uint8_t* p) {
+  const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return from_f16(e4m3_to_f16(_mm256_slli_epi16(v, 8)));
+}
+
 inline float reduce_add(F32x16 a) {
   const __m256 s8 = _mm256_add_ps(a.lo, a.hi);
   const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));

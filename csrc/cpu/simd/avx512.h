@@ -91,6 +91,37 @@ inline void store_f16(uint16_t* p, F32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// Packed weight codes; see scalar.h.
+inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+  const __m512 value = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
+                                      -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
+  // Words of four nibbles k0 k2 k1 k3; their order n0-3 n8-11 n4-7 n12-15 is undone by the permute.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0xd8);
+  const __m512i v = _mm512_cvtepu16_epi32(words);  // VPERMPS looks at the low four bits only
+  w[0].v = _mm512_permutexvar_ps(v, value);
+  w[2].v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), value);
+  w[1].v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8), value);
+  w[3].v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 12), value);
+}
+// E4M3 codes in the high bytes of words -> fp16 of value / 256.
+inline __m256i e4m3_to_f16(__m256i v) {
+  return _mm256_and_si256(_mm256_srai_epi16(v, 1), _mm256_set1_epi16(short(0xbf80)));
+}
+inline void decode_e4m3(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  k0.v = _mm512_cvtph_ps(e4m3_to_f16(_mm256_slli_epi16(v, 8)));
+  k1.v = _mm512_cvtph_ps(e4m3_to_f16(v));
+}
+inline void decode_e5m2(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  k0.v = _mm512_cvtph_ps(_mm256_slli_epi16(v, 8));
+  k1.v = _mm512_cvtph_ps(_mm256_and_si256(v, _mm256_set1_epi16(short(0xff00))));
+}
+inline F32x16 load_e4m3(const uint8_t* p) {
+  const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_cvtph_ps(e4m3_to_f16(_mm256_slli_epi16(v, 8)))};
+}
+
 inline float reduce_add(F32x16 a) {
   const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));

@@ -115,6 +115,50 @@ inline void store_f16(uint16_t* p, F32x16 a) {
   for (int q = 0; q < 4; ++q) vst1_u16(p + 4 * q, vreinterpret_u16_f16(vcvt_f16_f32(a.v[q])));
 }
 
+// Packed weight codes; see scalar.h.
+inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+  // Low and high byte of each code's bf16 pattern.
+  const uint8_t low_bytes[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0, 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0};
+  const uint8_t high_bytes[16] = {0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
+  const uint8x16_t low = vld1q_u8(low_bytes), high = vld1q_u8(high_bytes);
+  const uint32x4_t odd = vdupq_n_u32(0xffff0000u);
+  for (int lane = 0; lane < 2; ++lane) {
+    const uint8x16_t v = vld1q_u8(p + 16 * lane);
+    for (int pair = 0; pair < 2; ++pair) {
+      const uint8x16_t code = pair ? vshrq_n_u8(v, 4) : vandq_u8(v, vdupq_n_u8(15));
+      const uint8x16_t l = vqtbl1q_u8(low, code), h = vqtbl1q_u8(high, code);
+      const uint32x4_t a = vreinterpretq_u32_u8(vzip1q_u8(l, h)), b = vreinterpretq_u32_u8(vzip2q_u8(l, h));
+      w[2 * pair].v[lane] = vreinterpretq_f32_u32(vshlq_n_u32(a, 16));
+      w[2 * pair].v[lane + 2] = vreinterpretq_f32_u32(vshlq_n_u32(b, 16));
+      w[2 * pair + 1].v[lane] = vreinterpretq_f32_u32(vandq_u32(a, odd));
+      w[2 * pair + 1].v[lane + 2] = vreinterpretq_f32_u32(vandq_u32(b, odd));
+    }
+  }
+}
+inline F32x16 from_f16(uint16x8_t lo, uint16x8_t hi) {
+  return {{vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(lo))), vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(lo))),
+           vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(hi))), vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(hi)))}};
+}
+inline uint16x8_t load_words(const uint8_t* p) { return vreinterpretq_u16_u8(vld1q_u8(p)); }
+// E4M3 codes in the high bytes of words -> fp16 of value / 256.
+inline uint16x8_t e4m3_to_f16(uint16x8_t v) {
+  return vandq_u16(vreinterpretq_u16_s16(vshrq_n_s16(vreinterpretq_s16_u16(v), 1)), vdupq_n_u16(0xbf80));
+}
+inline void decode_e4m3(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  const uint16x8_t lo = load_words(p), hi = load_words(p + 16);
+  k0 = from_f16(e4m3_to_f16(vshlq_n_u16(lo, 8)), e4m3_to_f16(vshlq_n_u16(hi, 8)));
+  k1 = from_f16(e4m3_to_f16(lo), e4m3_to_f16(hi));
+}
+inline void decode_e5m2(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  const uint16x8_t lo = load_words(p), hi = load_words(p + 16), high = vdupq_n_u16(0xff00);
+  k0 = from_f16(vshlq_n_u16(lo, 8), vshlq_n_u16(hi, 8));
+  k1 = from_f16(vandq_u16(lo, high), vandq_u16(hi, high));
+}
+inline F32x16 load_e4m3(const uint8_t* p) {
+  const uint8x16_t v = vld1q_u8(p);
+  return from_f16(e4m3_to_f16(vshll_n_u8(vget_low_u8(v), 8)), e4m3_to_f16(vshll_n_u8(vget_high_u8(v), 8)));
+}
+
 inline float reduce_add(F32x16 a) {
   const float32x4_t s4 = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
   const float32x2_t s2 = vadd_f32(vget_low_f32(s4), vget_high_f32(s4));

@@ -75,6 +75,28 @@ inline F32x16 load_f16(const uint16_t* p) { MOESAIC_LANES(F32x16, half_to_float(
 inline void store_bf16(uint16_t* p, F32x16 a) { for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(a.v[i]); }
 inline void store_f16(uint16_t* p, F32x16 a) { for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]); }
 
+// Packed weight codes -> fp32; the byte order is in moesaic/matmul.h.
+// E2M1: 32 bytes, 4 k of 16 outputs.
+inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+  const float value[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+  for (int i = 0; i < 16; ++i) {
+    const uint8_t* two = p + 16 * ((i >> 2) & 1) + 8 * (i >> 3) + 2 * (i & 3);
+    for (int kk = 0; kk < 4; ++kk) w[kk].v[i] = value[(two[kk & 1] >> (kk & 2 ? 4 : 0)) & 15];
+  }
+}
+// E4M3 through fp16: the code's exponent and mantissa moved into place give value / 256, exactly and
+// for subnormals too.  A NaN code gives +-1.875, which the packed weight's poison makes good.
+inline float e4m3_to_float(uint8_t c) { return half_to_float(uint16_t((c & 0x80) << 8 | (c & 0x7f) << 7)); }
+// E4M3 and E5M2: 32 bytes, 2 k of 16 outputs.
+inline void decode_e4m3(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  for (int i = 0; i < 16; ++i) k0.v[i] = e4m3_to_float(p[2 * i]), k1.v[i] = e4m3_to_float(p[2 * i + 1]);
+}
+inline void decode_e5m2(const uint8_t* p, F32x16& k0, F32x16& k1) {
+  for (int i = 0; i < 16; ++i) k0.v[i] = half_to_float(uint16_t(p[2 * i] << 8)), k1.v[i] = half_to_float(uint16_t(p[2 * i + 1] << 8));
+}
+// 16 consecutive E4M3 codes: value / 256.
+inline F32x16 load_e4m3(const uint8_t* p) { MOESAIC_LANES(F32x16, e4m3_to_float(p[i])); }
+
 inline float reduce_add(F32x16 a) {
   for (int w = 8; w; w /= 2)
     for (int i = 0; i < w; ++i) a.v[i] = a.v[i] + a.v[i + w];

@@ -1,4 +1,5 @@
 // Argument structs of all CPU kernels.
 #pragma once
+#include "moesaic/matmul.h"
 #include "moesaic/roofline.h"
 #include "moesaic/selftest.h"

@@ -1,0 +1,217 @@
+// The kernels behind gemm.h.  Two ways to the same bits:
+//
+//   stream  few rows: the weights are decoded in registers and used at once, several panels abreast so
+//           that their chains of dependent FMAs overlap.  Bound by memory where decoding is fast enough.
+//   tile    more rows: a chunk of kChunk k of one panel is decoded to fp32 in L1 and multiplied with row
+//           block after row block of the packed activations, which stay in L2.  Bound by the FMA units.
+#include "cpu/matmul/gemm.h"
+
+namespace moesaic::MOESAIC_ISA {
+namespace {
+
+constexpr int64_t kChunk = 256;  // k decoded at a time: 16 KB of fp32
+constexpr int64_t kL2Floats = 96 * 1024;  // activations that may be expected to stay in L2
+
+template <DType element>
+inline void decode_group(const uint8_t* p, F32x16 (&w)[4]) {
+  if constexpr (element == DType::kE2M1) {
+    decode_e2m1(p, w);
+  } else if constexpr (element == DType::kE4M3FN) {
+    decode_e4m3(p, w[0], w[1]);
+    decode_e4m3(p + 32, w[2], w[3]);
+  } else if constexpr (element == DType::kE5M2) {
+    decode_e5m2(p, w[0], w[1]);
+    decode_e5m2(p + 32, w[2], w[3]);
+  } else if constexpr (element == DType::kInt8) {
+    for (int half = 0; half < 2; ++half) {
+      const U32x16 v = load_u16(reinterpret_cast<const uint16_t*>(p + 32 * half));
+      w[2 * half] = from_s32(sar<24>(shl<24>(v)));
+      w[2 * half + 1] = from_s32(sar<24>(shl<16>(v)));
+    }
+  } else if constexpr (element == DType::kBFloat16) {
+    for (int half = 0; half < 2; ++half) {
+      const U32x16 v = load_u32(p + 64 * half);
+      w[2 * half] = as_float(shl<16>(v));
+      w[2 * half + 1] = as_float(bit_and(v, set1_u32(0xffff0000u)));
+    }
+  } else if constexpr (element == DType::kFloat16) {
+    for (int kk = 0; kk < 4; ++kk) w[kk] = load_f16(reinterpret_cast<const uint16_t*>(p + 32 * kk));
+  } else {
+    for (int kk = 0; kk < 4; ++kk) w[kk] = load(reinterpret_cast<const float*>(p + 64 * kk));
+  }
+}
+
+// The scales of one panel, block by block.
+struct Scales {
+  ScaleKind kind;
+  const uint8_t* at;
+
+  Scales(const PackedMatrix& w, int64_t expert, int64_t panel) : kind(w.scale_kind) {
+    const int64_t panels = panel_count(w), blocks = ceil_div(w.k, w.block);
+    const uint8_t* base = static_cast<const uint8_t*>(w.scale);
+    switch (kind) {
+      case ScaleKind::kNone: at = nullptr; break;
+      case ScaleKind::kShared:
+        at = base + 4 * blocks * (expert * ceil_div(panels, w.scale_panels) + panel / w.scale_panels);
+        break;
+      default: at = base + (kind == ScaleKind::kFloat32 ? 4 : 1) * kPanel * blocks * (expert * panels + panel);
+    }
+  }
+  F32x16 operator[](int64_t block) const {
+    switch (kind) {
+      case ScaleKind::kE8M0:  // code 0 is 2^-127, a subnormal; code 255 (NaN) is left to the poison
+        return as_float(max_s32(shl<23>(load_u8(at + kPanel * block)), set1_u32(0x00400000)));
+      case ScaleKind::kE4M3: return load_e4m3(at + kPanel * block);
+      case ScaleKind::kFloat32: return load(reinterpret_cast<const float*>(at) + kPanel * block);
+      case ScaleKind::kShared: return set1(reinterpret_cast<const float*>(at)[block]);
+      default: return set1(1.0f);
+    }
+  }
+};
+
+template <DType element>
+inline const uint8_t* panel_codes(const PackedMatrix& w, int64_t expert, int64_t panel) {
+  return w.data + (expert * panel_count(w) + panel) * ceil_div(w.k, 4) * group_bytes(element);
+}
+
+// R rows times P panels from `panel` on; acc [P][R][16].
+template <DType element, int R, int P>
+void stream(const GemmTask& task, int64_t panel, const float* a, float* acc) {
+  const PackedMatrix& w = *task.weight;
+  const int64_t k = padded_k(w.k), block = w.block;
+  const int64_t panel_bytes = k / 4 * group_bytes(element);
+  const uint8_t* codes = panel_codes<element>(w, task.expert, panel);
+  for (int i = 0; i < P * R; ++i) store(acc + kPanel * i, zero());
+  for (int64_t begin = 0, b = 0; begin < k; begin += block, ++b) {
+    const int64_t groups = (k - begin < block ? k - begin : block) / 4;
+    F32x16 p[P][R];
+    for (int j = 0; j < P; ++j)
+      for (int r = 0; r < R; ++r) p[j][r] = zero();
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int j = 0; j < P; ++j) {
+        const uint8_t* at = codes + j * panel_bytes;
+        __builtin_prefetch(at + 1024);
+        F32x16 v[4];
+        decode_group<element>(at, v);
+        for (int kk = 0; kk < 4; ++kk)
+          for (int r = 0; r < R; ++r) p[j][r] = fma(set1(a[kk * R + r]), v[kk], p[j][r]);
+      }
+      a += 4 * R;
+      codes += group_bytes(element);
+    }
+    for (int j = 0; j < P; ++j) {
+      const F32x16 s = Scales(w, task.expert, panel + j)[b];
+      for (int r = 0; r < R; ++r) {
+        float* c = acc + kPanel * (j * R + r);
+        store(c, fma(p[j][r], s, load(c)));
+      }
+    }
+  }
+}
+
+template <DType element, int R, int P>
+void stream_panels(const GemmTask& task, const float* a) {
+  float* acc = task.acc;
+  int64_t panel = task.panel0;
+  for (; panel + P <= task.panel1; panel += P, acc += P * R * kPanel) stream<element, R, P>(task, panel, a, acc);
+  for (; panel < task.panel1; ++panel, acc += R * kPanel) stream<element, R, 1>(task, panel, a, acc);
+}
+
+// c[R][16] += decoded chunk b[depth][16] times row block a[depth][R]; scales [blocks][16].
+template <int R>
+void tile(const float* a, const float* b, const float* scales, int64_t depth, int64_t block, float* c) {
+  for (int64_t begin = 0; begin < depth; begin += block, scales += kPanel) {
+    const int64_t count = depth - begin < block ? depth - begin : block;
+    F32x16 p[R];
+    for (int r = 0; r < R; ++r) p[r] = zero();
+    for (int64_t i = 0; i < count; ++i, a += R, b += kPanel) {
+      const F32x16 v = load(b);
+      for (int r = 0; r < R; ++r) p[r] = fma(set1(a[r]), v, p[r]);
+    }
+    const F32x16 s = load(scales);
+    for (int r = 0; r < R; ++r) store(c + kPanel * r, fma(p[r], s, load(c + kPanel * r)));
+  }
+}
+
+using Tile = void (*)(const float*, const float*, const float*, int64_t, int64_t, float*);
+constexpr Tile kTiles[] = {
+    nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>,
+#if MOESAIC_ISA_AVX512
+    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
+#endif
+};
+
+template <DType element>
+struct Tiles {
+  const GemmTask& task;
+  const PackedMatrix& w = *task.weight;
+  const int64_t k = padded_k(w.k);
+  const int64_t chunk = kChunk / w.block * w.block;
+  const int64_t row0 = block_begin(task.rows, task.block0);
+  const int64_t rows = block_begin(task.rows, task.block1) - row0;
+  alignas(64) float decoded[kChunk * kPanel];
+  alignas(64) float scales[kChunk / 4 * kPanel];
+
+  explicit Tiles(const GemmTask& t) : task(t) {}
+
+  void panel_chunk(int64_t panel, int64_t begin) {
+    const int64_t depth = k - begin < chunk ? k - begin : chunk;
+    const uint8_t* codes = panel_codes<element>(w, task.expert, panel) + begin / 4 * group_bytes(element);
+    for (int64_t g = 0; g < depth / 4; ++g, codes += group_bytes(element)) {
+      __builtin_prefetch(codes + kChunk / 4 * group_bytes(element));
+      F32x16 v[4];
+      decode_group<element>(codes, v);
+      for (int kk = 0; kk < 4; ++kk) store(decoded + (4 * g + kk) * kPanel, v[kk]);
+    }
+    const Scales panel_scales(w, task.expert, panel);
+    for (int64_t b = 0; b * w.block < depth; ++b) store(scales + b * kPanel, panel_scales[begin / w.block + b]);
+    float* c = task.acc + (panel - task.panel0) * rows * kPanel;
+    for (int64_t rb = task.block0; rb < task.block1; ++rb) {
+      const int64_t row = block_begin(task.rows, rb), count = block_begin(task.rows, rb + 1) - row;
+      const float* a = task.a + row * k + begin * count;
+      kTiles[count](a, decoded, scales, depth, w.block, c + (row - row0) * kPanel);
+    }
+  }
+
+  // Panel by panel reads the weights as one stream; with many rows the activations would then not stay
+  // in L2, and all panels take their turn on a chunk of k.
+  void run() {
+    for (int64_t i = 0; i < (task.panel1 - task.panel0) * rows; ++i) store(task.acc + i * kPanel, zero());
+    if (rows * k <= kL2Floats) {
+      for (int64_t panel = task.panel0; panel < task.panel1; ++panel)
+        for (int64_t begin = 0; begin < k; begin += chunk) panel_chunk(panel, begin);
+    } else {
+      for (int64_t begin = 0; begin < k; begin += chunk)
+        for (int64_t panel = task.panel0; panel < task.panel1; ++panel) panel_chunk(panel, begin);
+    }
+  }
+};
+
+template <DType element>
+void gemm_of(const GemmTask& task) {
+  const int64_t row0 = block_begin(task.rows, task.block0), rows = block_begin(task.rows, task.block1) - row0;
+  const float* a = task.a + row0 * padded_k(task.weight->k);
+  switch (task.block1 - task.block0 == 1 ? rows : 0) {
+    case 1: return stream_panels<element, 1, 4>(task, a);
+    case 2: return stream_panels<element, 2, 2>(task, a);
+    case 3: return stream_panels<element, 3, 1>(task, a);
+    case 4: return stream_panels<element, 4, 1>(task, a);
+    default: Tiles<element>(task).run();
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmTask& task) {
+  switch (task.weight->element) {
+    case DType::kE2M1: return gemm_of<DType::kE2M1>(task);
+    case DType::kE4M3FN: return gemm_of<DType::kE4M3FN>(task);
+    case DType::kE5M2: return gemm_of<DType::kE5M2>(task);
+    case DType::kInt8: return gemm_of<DType::kInt8>(task);
+    case DType::kBFloat16: return gemm_of<DType::kBFloat16>(task);
+    case DType::kFloat16: return gemm_of<DType::kFloat16>(task);
+    default: return gemm_of<DType::kFloat32>(task);
+  }
+}
+
+}  // namespace moesaic::MOESAIC_ISA
