@@ -12,66 +12,76 @@ namespace {
 constexpr int64_t kChunk = 256;  // k decoded at a time: 16 KB of fp32
 constexpr int64_t kL2Floats = 96 * 1024;  // activations that may be expected to stay in L2
 
-template <DType element>
-inline void decode_group(const uint8_t* p, F32x16 (&w)[4]) {
+// k = 2 * pair and the next of a group.
+template <DType element, int pair>
+inline void decode_pair(const uint8_t* group, F32x16& k0, F32x16& k1) {
+  const uint8_t* p = group + (element == DType::kE2M1 ? 0 : pair * group_bytes(element) / 2);
   if constexpr (element == DType::kE2M1) {
-    decode_e2m1(p, w);
+    decode_e2m1<pair>(p, k0, k1);
   } else if constexpr (element == DType::kE4M3FN) {
-    decode_e4m3(p, w[0], w[1]);
-    decode_e4m3(p + 32, w[2], w[3]);
+    decode_e4m3(p, k0, k1);
   } else if constexpr (element == DType::kE5M2) {
-    decode_e5m2(p, w[0], w[1]);
-    decode_e5m2(p + 32, w[2], w[3]);
+    decode_e5m2(p, k0, k1);
   } else if constexpr (element == DType::kInt8) {
-    for (int half = 0; half < 2; ++half) {
-      const U32x16 v = load_u16(reinterpret_cast<const uint16_t*>(p + 32 * half));
-      w[2 * half] = from_s32(sar<24>(shl<24>(v)));
-      w[2 * half + 1] = from_s32(sar<24>(shl<16>(v)));
-    }
+    const U32x16 v = load_u16(reinterpret_cast<const uint16_t*>(p));
+    k0 = from_s32(sar<24>(shl<24>(v)));
+    k1 = from_s32(sar<24>(shl<16>(v)));
   } else if constexpr (element == DType::kBFloat16) {
-    for (int half = 0; half < 2; ++half) {
-      const U32x16 v = load_u32(p + 64 * half);
-      w[2 * half] = as_float(shl<16>(v));
-      w[2 * half + 1] = as_float(bit_and(v, set1_u32(0xffff0000u)));
-    }
+    const U32x16 v = load_u32(p);
+    k0 = as_float(shl<16>(v));
+    k1 = as_float(bit_and(v, set1_u32(0xffff0000u)));
   } else if constexpr (element == DType::kFloat16) {
-    for (int kk = 0; kk < 4; ++kk) w[kk] = load_f16(reinterpret_cast<const uint16_t*>(p + 32 * kk));
+    k0 = load_f16(reinterpret_cast<const uint16_t*>(p));
+    k1 = load_f16(reinterpret_cast<const uint16_t*>(p) + kPanel);
   } else {
-    for (int kk = 0; kk < 4; ++kk) w[kk] = load(reinterpret_cast<const float*>(p + 64 * kk));
+    k0 = load(reinterpret_cast<const float*>(p));
+    k1 = load(reinterpret_cast<const float*>(p) + kPanel);
   }
 }
 
-// The scales of one panel, block by block.
-struct Scales {
-  ScaleKind kind;
-  const uint8_t* at;
+// Where the scales of one panel begin.
+inline const uint8_t* panel_scales(const PackedMatrix& w, int64_t expert, int64_t panel) {
+  const int64_t panels = panel_count(w), blocks = ceil_div(w.k, w.block);
+  const uint8_t* base = static_cast<const uint8_t*>(w.scale);
+  switch (w.scale_kind) {
+    case ScaleKind::kNone: return nullptr;
+    case ScaleKind::kShared:
+      return base + 4 * blocks * (expert * ceil_div(panels, w.scale_panels) + panel / w.scale_panels);
+    default: return base + (w.scale_kind == ScaleKind::kFloat32 ? 4 : 1) * kPanel * blocks * (expert * panels + panel);
+  }
+}
 
-  Scales(const PackedMatrix& w, int64_t expert, int64_t panel) : kind(w.scale_kind) {
-    const int64_t panels = panel_count(w), blocks = ceil_div(w.k, w.block);
-    const uint8_t* base = static_cast<const uint8_t*>(w.scale);
-    switch (kind) {
-      case ScaleKind::kNone: at = nullptr; break;
-      case ScaleKind::kShared:
-        at = base + 4 * blocks * (expert * ceil_div(panels, w.scale_panels) + panel / w.scale_panels);
-        break;
-      default: at = base + (kind == ScaleKind::kFloat32 ? 4 : 1) * kPanel * blocks * (expert * panels + panel);
-    }
+inline F32x16 load_scale(ScaleKind kind, const uint8_t* scales, int64_t block) {
+  switch (kind) {
+    case ScaleKind::kE8M0:  // code 0 is 2^-127, a subnormal; code 255 (NaN) is left to the poison
+      return as_float(max_s32(shl<23>(load_u8(scales + kPanel * block)), set1_u32(0x00400000)));
+    case ScaleKind::kE4M3: return load_e4m3(scales + kPanel * block);
+    case ScaleKind::kFloat32: return load(reinterpret_cast<const float*>(scales) + kPanel * block);
+    case ScaleKind::kShared: return set1(reinterpret_cast<const float*>(scales)[block]);
+    default: return set1(1.0f);
   }
-  F32x16 operator[](int64_t block) const {
-    switch (kind) {
-      case ScaleKind::kE8M0:  // code 0 is 2^-127, a subnormal; code 255 (NaN) is left to the poison
-        return as_float(max_s32(shl<23>(load_u8(at + kPanel * block)), set1_u32(0x00400000)));
-      case ScaleKind::kE4M3: return load_e4m3(at + kPanel * block);
-      case ScaleKind::kFloat32: return load(reinterpret_cast<const float*>(at) + kPanel * block);
-      case ScaleKind::kShared: return set1(reinterpret_cast<const float*>(at)[block]);
-      default: return set1(1.0f);
-    }
-  }
-};
+}
 
 template <DType element>
 inline const uint8_t* panel_codes(const PackedMatrix& w, int64_t expert, int64_t panel) {
   return w.data + (expert * panel_count(w) + panel) * ceil_div(w.k, 4) * group_bytes(element);
+}
+
+// The same pointer, unknown to the optimizer: what is loaded through it is loaded again.  Keeps values
+// that are cheap to load again from pushing accumulators out of the registers.
+template <class T>
+inline T* fresh(T* p) {
+  __asm__ volatile("" : "+r"(p));
+  return p;
+}
+
+// p[r] += x[2][R] times two k of a group.
+template <DType element, int pair, int R>
+inline void fma_pair(const uint8_t* group, const float* x, F32x16 (&p)[R]) {
+  F32x16 k0, k1;
+  decode_pair<element, pair>(group, k0, k1);
+  for (int r = 0; r < R; ++r) fma_to(p[r], set1(x[r]), k0);
+  for (int r = 0; r < R; ++r) fma_to(p[r], set1(x[R + r]), k1);
 }
 
 // R rows times P panels from `panel` on; acc [P][R][16].
@@ -81,6 +91,8 @@ void stream(const GemmTask& task, int64_t panel, const float* a, float* acc) {
   const int64_t k = padded_k(w.k), block = w.block;
   const int64_t panel_bytes = k / 4 * group_bytes(element);
   const uint8_t* codes = panel_codes<element>(w, task.expert, panel);
+  const uint8_t* scales[P];
+  for (int j = 0; j < P; ++j) scales[j] = panel_scales(w, task.expert, panel + j);
   for (int i = 0; i < P * R; ++i) store(acc + kPanel * i, zero());
   for (int64_t begin = 0, b = 0; begin < k; begin += block, ++b) {
     const int64_t groups = (k - begin < block ? k - begin : block) / 4;
@@ -90,17 +102,16 @@ void stream(const GemmTask& task, int64_t panel, const float* a, float* acc) {
     for (int64_t g = 0; g < groups; ++g) {
       for (int j = 0; j < P; ++j) {
         const uint8_t* at = codes + j * panel_bytes;
-        __builtin_prefetch(at + 1024);
-        F32x16 v[4];
-        decode_group<element>(at, v);
-        for (int kk = 0; kk < 4; ++kk)
-          for (int r = 0; r < R; ++r) p[j][r] = fma(set1(a[kk * R + r]), v[kk], p[j][r]);
+        const float* x = fresh(a);
+        __builtin_prefetch(at + 2048);
+        fma_pair<element, 0>(at, x, p[j]);
+        fma_pair<element, 1>(at, x + 2 * R, p[j]);
       }
       a += 4 * R;
       codes += group_bytes(element);
     }
     for (int j = 0; j < P; ++j) {
-      const F32x16 s = Scales(w, task.expert, panel + j)[b];
+      const F32x16 s = load_scale(w.scale_kind, scales[j], b);
       for (int r = 0; r < R; ++r) {
         float* c = acc + kPanel * (j * R + r);
         store(c, fma(p[j][r], s, load(c)));
@@ -124,11 +135,14 @@ void tile(const float* a, const float* b, const float* scales, int64_t depth, in
     const int64_t count = depth - begin < block ? depth - begin : block;
     F32x16 p[R];
     for (int r = 0; r < R; ++r) p[r] = zero();
-    for (int64_t i = 0; i < count; ++i, a += R, b += kPanel) {
-      const F32x16 v = load(b);
-      for (int r = 0; r < R; ++r) p[r] = fma(set1(a[r]), v, p[r]);
+    for (int64_t i = 0; i < count; i += 4, a += 4 * R, b += 4 * kPanel) {
+      for (int kk = 0; kk < 4; ++kk) {
+        const F32x16 v = load(b + kk * kPanel);
+        for (int r = 0; r < R; ++r) fma_to(p[r], set1(a[kk * R + r]), v);
+      }
     }
     const F32x16 s = load(scales);
+    c = fresh(c);
     for (int r = 0; r < R; ++r) store(c + kPanel * r, fma(p[r], s, load(c + kPanel * r)));
   }
 }
@@ -160,16 +174,21 @@ struct Tiles {
     for (int64_t g = 0; g < depth / 4; ++g, codes += group_bytes(element)) {
       __builtin_prefetch(codes + kChunk / 4 * group_bytes(element));
       F32x16 v[4];
-      decode_group<element>(codes, v);
+      decode_pair<element, 0>(codes, v[0], v[1]);
+      decode_pair<element, 1>(codes, v[2], v[3]);
       for (int kk = 0; kk < 4; ++kk) store(decoded + (4 * g + kk) * kPanel, v[kk]);
     }
-    const Scales panel_scales(w, task.expert, panel);
-    for (int64_t b = 0; b * w.block < depth; ++b) store(scales + b * kPanel, panel_scales[begin / w.block + b]);
+    const uint8_t* coded = panel_scales(w, task.expert, panel);
+    for (int64_t b = 0; b * w.block < depth; ++b)
+      store(scales + b * kPanel, load_scale(w.scale_kind, coded, begin / w.block + b));
     float* c = task.acc + (panel - task.panel0) * rows * kPanel;
+    const int64_t fewest = task.rows / row_blocks(task.rows), larger = task.rows % row_blocks(task.rows);
+    const float* a = task.a + row0 * k;
     for (int64_t rb = task.block0; rb < task.block1; ++rb) {
-      const int64_t row = block_begin(task.rows, rb), count = block_begin(task.rows, rb + 1) - row;
-      const float* a = task.a + row * k + begin * count;
-      kTiles[count](a, decoded, scales, depth, w.block, c + (row - row0) * kPanel);
+      const int64_t count = fewest + (rb < larger);
+      kTiles[count](a + begin * count, decoded, scales, depth, w.block, c);
+      a += count * k;
+      c += count * kPanel;
     }
   }
 
@@ -192,7 +211,7 @@ void gemm_of(const GemmTask& task) {
   const int64_t row0 = block_begin(task.rows, task.block0), rows = block_begin(task.rows, task.block1) - row0;
   const float* a = task.a + row0 * padded_k(task.weight->k);
   switch (task.block1 - task.block0 == 1 ? rows : 0) {
-    case 1: return stream_panels<element, 1, 4>(task, a);
+    case 1: return stream_panels<element, 1, 2>(task, a);
     case 2: return stream_panels<element, 2, 2>(task, a);
     case 3: return stream_panels<element, 3, 1>(task, a);
     case 4: return stream_panels<element, 4, 1>(task, a);

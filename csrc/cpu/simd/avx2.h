@@ -37,6 +37,12 @@ inline F32x16 sqrt(F32x16 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
+// Spelled out, because a compiler that may choose among the three operand orders moves accumulators
+// about and runs out of its 16 registers.
+inline void fma_to(F32x16& p, F32x16 a, F32x16 b) {
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(p.lo) : "x"(a.lo), "x"(b.lo));
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(p.hi) : "x"(a.hi), "x"(b.hi));
+}
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline F32x16 round_even(F32x16 a) {
@@ -139,7 +145,8 @@ inline void store_f16(uint16_t* p, F32x16 a) {
 }
 
 // Packed weight codes; see scalar.h.
-inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+template <int pair>
+inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
   // Low and high byte of each code's bf16 pattern.
   const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(
       0x00, 0x00, char(0x80), char(0xc0), 0x00, 0x40, char(0x80), char(0xc0),
@@ -149,13 +156,11 @@ inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
       char(0x80), char(0xbf), char(0xbf), char(0xbf), char(0xc0), char(0xc0), char(0xc0), char(0xc0)));
   const __m256i nibble = _mm256_set1_epi8(15), odd = _mm256_set1_epi32(int(0xffff0000));
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  for (int pair = 0; pair < 2; ++pair) {
-    const __m256i code = _mm256_and_si256(pair ? _mm256_srli_epi16(v, 4) : v, nibble);
-    const __m256i l = _mm256_shuffle_epi8(low, code), h = _mm256_shuffle_epi8(high, code);
-    const __m256i a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
-    w[2 * pair] = as_float(U32x16{_mm256_slli_epi32(a, 16), _mm256_slli_epi32(b, 16)});
-    w[2 * pair + 1] = as_float(U32x16{_mm256_and_si256(a, odd), _mm256_and_si256(b, odd)});
-  }
+  const __m256i code = _mm256_and_si256(pair ? _mm256_srli_epi16(v, 4) : v, nibble);
+  const __m256i l = _mm256_shuffle_epi8(low, code), h = _mm256_shuffle_epi8(high, code);
+  const __m256i a = _mm256_unpacklo_epi8(l, h), b = _mm256_unpackhi_epi8(l, h);
+  k0 = as_float(U32x16{_mm256_slli_epi32(a, 16), _mm256_slli_epi32(b, 16)});
+  k1 = as_float(U32x16{_mm256_and_si256(a, odd), _mm256_and_si256(b, odd)});
 }
 inline F32x16 from_f16(__m256i h) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};

@@ -27,6 +27,7 @@ inline F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline void fma_to(F32x16& p, F32x16 a, F32x16 b) { p = fma(a, b, p); }
 inline F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F32x16 round_even(F32x16 a) {
@@ -92,16 +93,15 @@ inline void store_f16(uint16_t* p, F32x16 a) {
 }
 
 // Packed weight codes; see scalar.h.
-inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+template <int pair>
+inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
   const __m512 value = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
                                       -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
   // Words of four nibbles k0 k2 k1 k3; their order n0-3 n8-11 n4-7 n12-15 is undone by the permute.
   const __m256i words = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0xd8);
   const __m512i v = _mm512_cvtepu16_epi32(words);  // VPERMPS looks at the low four bits only
-  w[0].v = _mm512_permutexvar_ps(v, value);
-  w[2].v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), value);
-  w[1].v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8), value);
-  w[3].v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 12), value);
+  k0.v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * pair), value);
+  k1.v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * pair + 8), value);
 }
 // E4M3 codes in the high bytes of words -> fp16 of value / 256.
 inline __m256i e4m3_to_f16(__m256i v) {

@@ -45,6 +45,7 @@ inline F32x16 mul(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vmulq_f32(a.v[q], 
 inline F32x16 div(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vdivq_f32(a.v[q], b.v[q])); }
 inline F32x16 sqrt(F32x16 a) { MOESAIC_QUADS(F32x16, vsqrtq_f32(a.v[q])); }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { MOESAIC_QUADS(F32x16, vfmaq_f32(c.v[q], a.v[q], b.v[q])); }
+inline void fma_to(F32x16& p, F32x16 a, F32x16 b) { p = fma(a, b, p); }
 // FMIN/FMAX propagate NaN; the vocabulary returns the second operand, as x86 does.
 inline F32x16 min(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vbslq_f32(vcltq_f32(a.v[q], b.v[q]), a.v[q], b.v[q])); }
 inline F32x16 max(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vbslq_f32(vcgtq_f32(a.v[q], b.v[q]), a.v[q], b.v[q])); }
@@ -116,7 +117,8 @@ inline void store_f16(uint16_t* p, F32x16 a) {
 }
 
 // Packed weight codes; see scalar.h.
-inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+template <int pair>
+inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
   // Low and high byte of each code's bf16 pattern.
   const uint8_t low_bytes[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0, 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0};
   const uint8_t high_bytes[16] = {0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
@@ -124,15 +126,13 @@ inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
   const uint32x4_t odd = vdupq_n_u32(0xffff0000u);
   for (int lane = 0; lane < 2; ++lane) {
     const uint8x16_t v = vld1q_u8(p + 16 * lane);
-    for (int pair = 0; pair < 2; ++pair) {
-      const uint8x16_t code = pair ? vshrq_n_u8(v, 4) : vandq_u8(v, vdupq_n_u8(15));
-      const uint8x16_t l = vqtbl1q_u8(low, code), h = vqtbl1q_u8(high, code);
-      const uint32x4_t a = vreinterpretq_u32_u8(vzip1q_u8(l, h)), b = vreinterpretq_u32_u8(vzip2q_u8(l, h));
-      w[2 * pair].v[lane] = vreinterpretq_f32_u32(vshlq_n_u32(a, 16));
-      w[2 * pair].v[lane + 2] = vreinterpretq_f32_u32(vshlq_n_u32(b, 16));
-      w[2 * pair + 1].v[lane] = vreinterpretq_f32_u32(vandq_u32(a, odd));
-      w[2 * pair + 1].v[lane + 2] = vreinterpretq_f32_u32(vandq_u32(b, odd));
-    }
+    const uint8x16_t code = pair ? vshrq_n_u8(v, 4) : vandq_u8(v, vdupq_n_u8(15));
+    const uint8x16_t l = vqtbl1q_u8(low, code), h = vqtbl1q_u8(high, code);
+    const uint32x4_t a = vreinterpretq_u32_u8(vzip1q_u8(l, h)), b = vreinterpretq_u32_u8(vzip2q_u8(l, h));
+    k0.v[lane] = vreinterpretq_f32_u32(vshlq_n_u32(a, 16));
+    k0.v[lane + 2] = vreinterpretq_f32_u32(vshlq_n_u32(b, 16));
+    k1.v[lane] = vreinterpretq_f32_u32(vandq_u32(a, odd));
+    k1.v[lane + 2] = vreinterpretq_f32_u32(vandq_u32(b, odd));
   }
 }
 inline F32x16 from_f16(uint16x8_t lo, uint16x8_t hi) {

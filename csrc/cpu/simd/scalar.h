@@ -27,6 +27,8 @@ inline F32x16 mul(F32x16 a, F32x16 b) { MOESAIC_LANES(F32x16, a.v[i] * b.v[i]); 
 inline F32x16 div(F32x16 a, F32x16 b) { MOESAIC_LANES(F32x16, a.v[i] / b.v[i]); }
 inline F32x16 sqrt(F32x16 a) { MOESAIC_LANES(F32x16, std::sqrt(a.v[i])); }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { MOESAIC_LANES(F32x16, std::fma(a.v[i], b.v[i], c.v[i])); }
+// p = fma(a, b, p), for accumulators that must stay in their registers.
+inline void fma_to(F32x16& p, F32x16 a, F32x16 b) { p = fma(a, b, p); }
 inline F32x16 min(F32x16 a, F32x16 b) { MOESAIC_LANES(F32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 inline F32x16 max(F32x16 a, F32x16 b) { MOESAIC_LANES(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline F32x16 round_even(F32x16 a) { MOESAIC_LANES(F32x16, std::nearbyint(a.v[i])); }
@@ -76,12 +78,14 @@ inline void store_bf16(uint16_t* p, F32x16 a) { for (int i = 0; i < 16; ++i) p[i
 inline void store_f16(uint16_t* p, F32x16 a) { for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]); }
 
 // Packed weight codes -> fp32; the byte order is in moesaic/matmul.h.
-// E2M1: 32 bytes, 4 k of 16 outputs.
-inline void decode_e2m1(const uint8_t* p, F32x16 (&w)[4]) {
+// E2M1: 32 bytes hold 4 k of 16 outputs; k0 and k1 get the k = 2 * pair and the next.
+template <int pair>
+inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
   const float value[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
   for (int i = 0; i < 16; ++i) {
     const uint8_t* two = p + 16 * ((i >> 2) & 1) + 8 * (i >> 3) + 2 * (i & 3);
-    for (int kk = 0; kk < 4; ++kk) w[kk].v[i] = value[(two[kk & 1] >> (kk & 2 ? 4 : 0)) & 15];
+    k0.v[i] = value[(two[0] >> (4 * pair)) & 15];
+    k1.v[i] = value[(two[1] >> (4 * pair)) & 15];
   }
 }
 // E4M3 through fp16: the code's exponent and mantissa moved into place give value / 256, exactly and
