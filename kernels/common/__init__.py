@@ -1,0 +1,1 @@
+"""What the rooms share: number codecs, online softmax, and which chip a launch is for."""
