@@ -33,3 +33,21 @@ def online_softmax(scores, top, total):
     weights = tl.exp2(scores - pivot[:, None])
     factor = tl.exp2(top - pivot)
     return weights, factor, new_top, total * factor + tl.sum(weights, 1)
+
+
+@triton.jit
+def log1p(t):
+    """log(1 + t) for t in [0, 1] to about 2 ulp: 2 atanh(t / (2 + t)) by its series.
+
+    The hardware's logarithm has a fixed absolute error, which near 1 is no digit at all.
+    """
+    s = t / (2.0 + t)
+    square = s * s
+    series = 1.0 / 15.0
+    series = series * square + 1.0 / 13.0
+    series = series * square + 1.0 / 11.0
+    series = series * square + 1.0 / 9.0
+    series = series * square + 1.0 / 7.0
+    series = series * square + 1.0 / 5.0
+    series = series * square + 1.0 / 3.0
+    return 2.0 * (s + s * square * series)
