@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moesaic.kernels.common.chip import chip, is_amd
-from moesaic.kernels.common.codecs import e4m3_to_fp32, e5m2_to_fp32
-from moesaic.kernels.common.math import online_softmax, tanh
+from ..common.chip import chip, is_amd
+from ..common.codecs import e4m3_to_fp32, e5m2_to_fp32
+from ..common.math import online_softmax, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -168,9 +168,7 @@ def merge_splits_kernel(
 
     part = b * stride_pb + head * stride_ph
     index = tl.arange(0, MAX_SPLITS)
-    lses = tl.load(
-        partial_lse + part + index * stride_ps, mask=index < splits, other=float("-inf")
-    )
+    lses = tl.load(partial_lse + part + index * stride_ps, mask=index < splits, other=float("-inf"))
     top = tl.max(lses, 0)
     pivot = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([1], tl.float32)

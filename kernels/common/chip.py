@@ -24,7 +24,7 @@ _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("chip", de
 
 
 def chip(device: torch.device) -> str:
-    """"sm_90", "gfx942", ... for a GPU; "interpreter" for the CPU."""
+    """ "sm_90", "gfx942", ... for a GPU; "interpreter" for the CPU."""
     assumed = _assumed.get()
     if assumed is not None:
         return assumed

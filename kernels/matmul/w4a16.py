@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moesaic.kernels.common.chip import chip, is_amd, shared_memory
-from moesaic.kernels.common.codecs import e2m1_to_bf16, e8m0_to_bf16
+from ..common.chip import chip, is_amd, shared_memory
+from ..common.codecs import e2m1_to_bf16, e8m0_to_bf16
 
 BLOCK_N = 64
 BLOCK_K = 64
@@ -80,9 +80,7 @@ def multiply_block(
         rest = tl.load(x_at, mask=(k < K)[:, None], other=0.0)
     else:
         rest = tl.load(x_at)
-    weight = decode_tile(
-        data, scale, rows, k0, K, stride_dn, stride_sn, BLOCK_N, BLOCK_K, MASKED
-    )
+    weight = decode_tile(data, scale, rows, k0, K, stride_dn, stride_sn, BLOCK_N, BLOCK_K, MASKED)
     if PLANES == 1:
         acc = tl.dot(weight, rest, acc)
     else:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moesaic.kernels.common.math import log1p
+from ..common.math import log1p
 
 INDEX_BITS = tl.constexpr(16)
 INDEX_MASK = tl.constexpr(0xFFFF)
@@ -61,7 +61,7 @@ def clean(logits):
 
 @triton.jit
 def score(x, highest, total, SCORING: tl.constexpr):
-    """f(x) of clean logits; ``highest`` and ``total`` are the row's maximum and sum, for softmax."""
+    """f(x) of clean logits; ``highest`` and ``total`` are the softmax's maximum and sum."""
     if SCORING == "softmax":
         result = tl.exp(x - highest) / total
     elif SCORING == "sigmoid":
@@ -76,7 +76,7 @@ def score(x, highest, total, SCORING: tl.constexpr):
 
 @triton.jit
 def softmax_terms(x, axis: tl.constexpr):
-    """The finite maximum of clean logits (0 if there is none) and the sum of exp(x - maximum) >= 1."""
+    """The maximum of clean logits (0 if all are -inf) and the sum of exp(x - maximum), >= 1."""
     highest = tl.max(x, axis)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     return highest, tl.maximum(tl.sum(tl.exp(x - highest), axis), 1.0)
@@ -102,7 +102,7 @@ def group_scores(keys, values, group, GROUP_SCORE: tl.constexpr):
 
 @triton.jit
 def choose(keys, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Indices [BLOCK_K] of the TOP_K largest packed keys [N], largest first; 0 in the other lanes."""
+    """Indices [BLOCK_K] of the TOP_K largest packed keys [N], largest first; 0 past TOP_K."""
     lane = tl.arange(0, BLOCK_K)
     chosen = tl.zeros([BLOCK_K], tl.int32)
     for i in range(TOP_K):

@@ -1,4 +1,4 @@
-"""These tests run Triton's interpreter, which must be chosen before Triton is imported: a process of their own."""
+"""Tests in Triton's interpreter, chosen before Triton is imported: a process of their own."""
 
 import os
 import sys

@@ -1,14 +1,15 @@
-"""Right numbers from Triton's interpreter: what :func:`moesaic.testing.interpreter.install` repairs.
+"""Right numbers from Triton's interpreter: what `moesaic.testing.interpreter.install` repairs.
 
-Triton 3.6 to 3.9 keep bf16 and fp8 values as raw bits in numpy arrays, and several operations forget it:
-fp32 -> bf16 truncates, fp32 -> fp8 loses the carry at an exponent step, bf16 arithmetic and ``tl.dot`` work
-on the bit patterns. Here each such operation decodes to fp32, computes, and encodes with torch's own casts.
+Triton 3.6 to 3.9 keep bf16 and fp8 values as raw bits in numpy arrays, and several operations
+forget it: fp32 -> bf16 truncates, fp32 -> fp8 loses the carry at an exponent step, bf16 arithmetic
+and ``tl.dot`` work on the bit patterns. Here each such operation decodes to fp32, computes, and
+encodes with torch's own casts.
 
 Two things are modelled more strictly than the interpreter does, because a GPU would show them:
 
-* ``tl.dot`` adds along K one element after the other, so a row of the result cannot depend on how many rows
-  the tile has (BLAS gives no such promise), and fp32 operands are rounded to tf32 unless the kernel names
-  another ``input_precision``;
+* ``tl.dot`` adds along K one element after the other, so a row of the result cannot depend on how
+  many rows the tile has (BLAS gives no such promise), and fp32 operands are rounded to tf32 unless
+  the kernel names another ``input_precision``;
 * lanes of a load that are masked off and have no ``other=`` hold poison, not zeros.
 """
 
@@ -34,19 +35,19 @@ _TORCH = {
 _TORCH_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
-# What a masked-off lane without other= reads: NaN in fp32 and fp16, a huge odd number as an integer.
+# What a masked-off lane without other= reads: NaN, or a huge odd number as an integer.
 _POISON_BYTE = 0xFF
 _POISON_INT_BYTE = 0x6B
 
 
 def _is_soft(dtype: tl.dtype) -> bool:
-    """True for the types that numpy lacks, which the interpreter keeps as bits in unsigned integers."""
+    """True for the types that numpy lacks, which the interpreter keeps as unsigned bits."""
     scalar = dtype.scalar
     return scalar == tl.bfloat16 or (scalar.is_floating() and scalar.primitive_bitwidth == 8)
 
 
 def convert_float(data: np.ndarray, src: tl.dtype, dst: tl.dtype) -> np.ndarray:
-    """Round ``data`` (values or bits of ``src``) to ``dst`` as torch does; fp8 saturates as NVIDIA's casts do.
+    """Round ``data`` (values or bits of ``src``) to ``dst`` as torch does; fp8 saturates.
 
     Returns an array of ``dst``'s bits for the soft types and of values otherwise.
     """

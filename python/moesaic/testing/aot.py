@@ -113,7 +113,9 @@ def _specialize(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         one = isinstance(value, int) and value == 1 and free
         if parameter.is_constexpr or value is None or one:
             if not isinstance(value, (int, float, str, type(None))):
-                raise TypeError(f"recording: {name}: expected a number, string or None, got {value!r}")
+                raise TypeError(
+                    f"recording: {name}: expected a number, string or None, got {value!r}"
+                )
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _type_of(value)
@@ -163,7 +165,7 @@ def compile_all(
 
 
 class _Worker:
-    """A process that compiles one job a line; it is ended and replaced when a job takes too long."""
+    """A process that compiles one job a line; ended and replaced when a job takes too long."""
 
     def __init__(self, cache: str) -> None:
         self.environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
@@ -191,7 +193,9 @@ class _Worker:
         said = process.stderr.read().strip()[-400:]
         process.wait()
         return Report(
-            launch.kernel, chip, error=f"took more than {timeout} s" if expired else f"ended: {said}"
+            launch.kernel,
+            chip,
+            error=f"took more than {timeout} s" if expired else f"ended: {said}",
         )
 
     def stop(self) -> None:
@@ -257,13 +261,17 @@ def _inspect_amd(assembly: str) -> dict[str, Any]:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
-        raise ValueError(f"aot: the compiler's output has no {pattern!r}; is this Triton supported?")
+        raise ValueError(
+            f"aot: the compiler's output has no {pattern!r}; is this Triton supported?"
+        )
     return int(found.group(1))
 
 
 def _count(lines: list[str], table: dict[str, str]) -> dict[str, int]:
     rules = {label: re.compile(pattern) for label, pattern in table.items()}
-    return dict(Counter(label for line in lines for label, rule in rules.items() if rule.match(line)))
+    return dict(
+        Counter(label for line in lines for label, rule in rules.items() if rule.match(line))
+    )
 
 
 def _serve() -> None:

@@ -7,19 +7,20 @@ Start the process with ``TRITON_INTERPRET=1`` (Triton reads it when a kernel is 
     with interpreter.checked(order="random", seed=7) as launches:
         kernel[grid](...)          # raises KernelError on a finding
 
-Each launch works on copies of its arguments that lie far apart, and raises :class:`KernelError` when
+Each launch works on copies of its arguments that lie far apart, and raises KernelError when
 
-* a load, store or atomic touches a byte that belongs to none of the arguments' elements (gaps between the
-  rows of a strided view count as outside; masked-off lanes are not accesses), or is not aligned to its size;
-* two programs race: one reads or stores where another stored, or stores where another read, in any order
-  (atomics may meet atomics);
+* a load, store or atomic touches a byte that belongs to none of the arguments' elements (gaps
+  between the rows of a strided view count as outside; masked-off lanes are not accesses), or is not
+  aligned to its size;
+* two programs race: one reads or stores where another stored, or stores where another read, in any
+  order (atomics may meet atomics);
 * one store writes different values to one address;
-* signed or unsigned integer arithmetic narrower than 64 bits overflows (lanes whose result is masked later
-  count too).
+* signed or unsigned integer arithmetic narrower than 64 bits overflows (lanes whose result is
+  masked later count too).
 
-Programs run in forward, reverse or random order. The numbers are those of :mod:`._interpreter_numerics`.
-Not modelled: the order of additions inside ``tl.sum``, contraction to FMA, approximate exp and division, and
-races between the threads of one program.
+Programs run in forward, reverse or random order. The numbers are those of _interpreter_numerics.
+Not modelled: the order of additions inside ``tl.sum``, contraction to FMA, approximate exp and
+division, and races between the threads of one program.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ import torch
 
 ORDERS = ("forward", "reverse", "random")
 
-# Bytes of unused memory before and after each argument, so that an overrun does not reach another one.
+# Bytes of unused memory around each argument, so that an overrun does not reach another one.
 _GAP = 1 << 24
-# Program numbers in the access maps: nobody yet, and several programs (or atomics, for the writer map).
+# Program numbers in the access maps: nobody yet; several readers, or atomics among the writers.
 _NOBODY, _MANY = -1, -2
 
 
@@ -56,7 +57,7 @@ class LaunchRecord:
 
 @dataclasses.dataclass
 class _Region:
-    """A relocated storage. The maps have one entry per byte; ``owner`` 0 means no argument covers the byte."""
+    """A relocated storage. The maps have an entry per byte; ``owner`` 0 is no argument's byte."""
 
     label: str
     memory: np.ndarray
@@ -87,7 +88,7 @@ class _Launch:
         raise KernelError(f"{self.kernel}, program {self.grid_index}: {text}")
 
     def place(self, tensor: torch.Tensor, label: str) -> torch.Tensor:
-        """Return a view like ``tensor`` over a relocated copy of its storage, and mark its elements valid."""
+        """A view like ``tensor`` over a relocated copy of its storage; marks its elements valid."""
         storage, size = tensor.untyped_storage(), tensor.element_size()
         nbytes = storage.nbytes()
         region = next((r for r in self.regions if r.storage.data_ptr() == storage.data_ptr()), None)
@@ -153,8 +154,9 @@ class _Launch:
         if not inside.all():
             byte = int(at[~inside][0])
             self.fail(
-                f"{kind} of {int((~inside).sum())} of {at.size} lanes out of bounds; the first lies at byte "
-                f"{byte} of the storage of argument {region.label!r}, which has {region.memory.size} bytes"
+                f"{kind} of {int((~inside).sum())} of {at.size} lanes out of bounds; the first "
+                f"lies at byte {byte} of the storage of argument {region.label!r}, which has "
+                f"{region.memory.size} bytes"
                 + (", between the elements of its view" if 0 <= byte < region.memory.size else "")
             )
         writer, reader = region.writer[at], region.reader[at]
@@ -236,7 +238,8 @@ def checked(
 ) -> Iterator[list[LaunchRecord]]:
     """Check every launch inside; yields the growing list of finished launches.
 
-    ``order`` is the order in which a launch's programs run: "forward", "reverse" or "random" (by ``seed``).
+    ``order`` is the order in which a launch's programs run: "forward", "reverse" or "random" (by
+    ``seed``).
     ``overflow`` reports integer overflow in the kernel's arithmetic.
     """
     global _settings
