@@ -185,10 +185,8 @@ def merge_splits_kernel(
         share += tl.where(seen, tl.exp2(sink - pivot), 0.0)
     out_at = out + b * stride_ob + head * stride_oh + dv
     tl.store(out_at, (acc / share).to(out.dtype.element_ty), mask=dv_real)
-    if out_lse is not None:
-        lse = tl.where(seen, (pivot + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
-        lse_at = out_lse + b * num_heads + head + tl.arange(0, 1)
-        tl.store(lse_at, lse)
+    lse = tl.where(seen, (pivot + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    tl.store(out_lse + b * num_heads + head + tl.arange(0, 1), lse)
 
 
 def heuristic(block_d: int, itemsize: int, aligned: bool, name: str) -> dict[str, int]:
@@ -228,9 +226,8 @@ def paged_decode(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Decode attention: out [B, H, Dv] in q's dtype and, if asked for, lse [B, H] fp32.
+) -> tuple[Tensor, Tensor]:
+    """Decode attention: out [B, H, Dv] in q's dtype and lse [B, H] fp32, without the sink.
 
     q [B, H, D]; caches [num_blocks, page_size, Hkv, D | Dv] with any strides; block_table
     [B, max_blocks] and seq_lens [B], int32 or int64; alibi_slopes [H] or [B, H]; sinks [H];
@@ -243,7 +240,7 @@ def paged_decode(
     out = torch.empty(batch, num_heads, dv, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_heads, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out, lse if return_lse else None
+        return out, lse
 
     code = CODES.get(k_cache.dtype, "")
     if code in ("e4m3", "e5m2"):
@@ -278,10 +275,10 @@ def paged_decode(
         enable_fp_fusion=True, **options,
     )  # fmt: skip
     merge_splits_kernel[(batch, num_heads)](
-        partial_out, partial_lse, seq_lens, sinks, out, lse if return_lse else None,
+        partial_out, partial_lse, seq_lens, sinks, out, lse,
         window_left, page_size, table_width, *partial_lse.stride(), out.stride(0), out.stride(1),
         num_heads, DV=dv, BLOCK_DV=block_dv, MIN_SPLIT=MIN_SPLIT,
         MAX_SPLITS=limit,
         enable_fp_fusion=True, num_warps=max(1, min(4, block_dv // 64)),
     )  # fmt: skip
-    return out, lse if return_lse else None
+    return out, lse

@@ -48,9 +48,7 @@ def decode(dtype, cache, d, gap=0, extras=True, page_size=16, group=4):
         table, lens = torch.zeros(2, 7, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         heads = torch.empty(2 * group)
         options = {"alibi_slopes": heads, "sinks": heads, "softcap": 30.0, "window_left": 127}
-        paged_decode(
-            q, k, v, table, lens, scale=0.1, return_lse=True, **(options if extras else {})
-        )
+        paged_decode(q, k, v, table, lens, scale=0.1, **(options if extras else {}))
 
     return call
 
