@@ -1,1 +1,64 @@
-"""Rows of the triton backend: matmul."""
+"""Rows of the triton backend: matmul.  Its packed layout is "plain", the order of QuantTensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import registry
+from ...formats import PackedWeight, QuantFormat, QuantTensor
+from ...reference import matmul as reference
+from ._launch import FLOATS, on_its_device, short, why_not_device, why_not_floats
+
+
+def _why_not_weight(format: str, shape: list[int]) -> str | None:
+    if format.startswith("dense:"):
+        return "no Triton kernel for dense weights"
+    fmt = QuantFormat.from_string(format)
+    if (fmt.element, fmt.block, fmt.scale) != ("e2m1", (1, 32), "e8m0") or fmt.global_scale:
+        return f"no Triton kernel for {fmt.element} weights in blocks of {fmt.block}: MXFP4 only"
+    if len(shape) != 2:
+        return "no Triton kernel for weights with leading dimensions"
+    return None
+
+
+def _why_not_pack(
+    data: Tensor, scale: Tensor | None, global_scale: Tensor | None, format: str, shape: list[int]
+) -> str | None:
+    return why_not_device(data) or _why_not_weight(format, shape)
+
+
+def _pack_weight(
+    data: Tensor, scale: Tensor, global_scale: Tensor | None, format: str, shape: list[int]
+) -> PackedWeight:
+    fmt = QuantFormat.from_string(format)
+    return reference.pack_weight(QuantTensor(data, scale, global_scale, fmt, tuple(shape)))
+
+
+def _why_not_linear(
+    x: Tensor, data: Tensor, scale: Tensor | None, row_scale: Tensor | None, poison: Tensor | None,
+    global_scale: Tensor | None, format: str, shape: list[int], layout: str, bias: Tensor | None,
+    activation: str, out_dtype: torch.dtype,
+) -> str | None:  # fmt: skip
+    if layout != "plain":
+        return f"the weight was packed as {layout!r}, not 'plain'"
+    if activation:
+        return f"no Triton kernel for {activation} activations"
+    if out_dtype not in FLOATS:
+        return f"it writes float32, bfloat16 and float16, not {short(out_dtype)}"
+    return why_not_device(x) or _why_not_weight(format, shape) or why_not_floats(x, bias)
+
+
+def _quant_linear(x: Tensor, data: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    from ...kernels.matmul.w4a16 import mxfp4_linear
+
+    bias, _, out_dtype = rest[-3:]
+    rows = x.reshape(-1, x.shape[-1])
+    out = mxfp4_linear(rows, data, scale, bias, out_dtype)
+    return out.view(*x.shape[:-1], data.shape[0])
+
+
+registry.implement("pack_weight", "triton", _pack_weight, _why_not_pack)
+registry.implement("quant_linear", "triton", on_its_device(_quant_linear), _why_not_linear)
