@@ -11,6 +11,7 @@ import torch
 
 import moesaic
 from moesaic import registry
+from moesaic.formats import MXFP4
 from moesaic.testing import interpreter
 from moesaic.testing.case import clone
 from moesaic.testing.cases import all_cases
@@ -92,8 +93,11 @@ def test_a_row_does_not_depend_on_its_neighbours(case):
             same_bits(f"{case} triton rows={n}", got, want[: got.shape[0]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
-def test_what_it_does_not_serve_is_refused_with_the_reason(dtype):
-    logits = torch.zeros(2, 8).to(dtype)
-    with pytest.raises((NotImplementedError, TypeError), match=r"fused_topk: .*float"):
-        moesaic.fused_topk(logits, 2, backend="triton")
+def test_what_it_does_not_serve_is_refused_with_the_reason():
+    weight = moesaic.quantize(torch.zeros(8, 64), MXFP4)
+    packed = moesaic.pack_weight(weight, backend="triton")
+    x = torch.zeros(2, 64, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"quant_linear: .* not float64"):
+        moesaic.quant_linear(x, packed, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"quant_linear: .* no Triton kernel for int8"):
+        moesaic.quant_linear(x.float(), packed, activation="int8", backend="triton")

@@ -112,6 +112,22 @@ def _quant_linear_cases() -> Iterator[Case]:
             )
             id = f"{name or 'dense'}-{activation or 'exact'}-5x37x200"
             yield Case(id, "matmul", "quant_linear", make, Yardstick(terms=200))
+    # Odd sizes in every dtype of activations: K off the block, off the byte, and whole.
+    for m, n, k, dtype in (
+        (17, 70, 129, torch.bfloat16),
+        (33, 64, 96, torch.float16),
+        (3, 130, 256, torch.float32),
+    ):
+        yield Case(
+            f"MXFP4-exact-{m}x{n}x{k}",
+            "matmul",
+            "quant_linear",
+            _quant_linear(MXFP4, m, n, k, dtype),
+            Yardstick(terms=k),
+            take_rows=lambda inputs, rows: {**inputs, "x": inputs["x"][:rows]},
+            rows=m,
+            tags=frozenset({"small"}),
+        )
     make = _quant_linear(MXFP4, 3, 16, 64, torch.bfloat16)
     yield Case("compile", "matmul", "quant_linear", make, tags=frozenset({"compile"}))
 
