@@ -97,8 +97,10 @@ class _Launch:
             begin = _GAP + (storage.data_ptr() - (room.ctypes.data + _GAP)) % 64
             memory = room[begin : begin + nbytes]
             memory[:] = _bytes_of(storage).numpy()
-            maps = [np.full(nbytes, fill, np.int32) for fill in (0, _NOBODY, _NOBODY)]
-            region = _Region(label, memory, storage, *maps)
+            owner, reader, writer = (
+                np.full(nbytes, fill, np.int32) for fill in (0, _NOBODY, _NOBODY)
+            )
+            region = _Region(label, memory, storage, owner, reader, writer)
             self.regions.append(region)
             self.regions.sort(key=lambda r: r.start)
         self.labels.append(label)

@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from .. import registry
+from .case import Case
 from .cases import all_cases
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -29,9 +30,19 @@ def snapshot(backend: str) -> dict[str, str]:
     result = {}
     for case in all_cases():
         if "bench" not in case.tags:
-            reason = registry.why_not(backend, case.op, **case.make_inputs(0))
+            reason = why_not(backend, case)
             result[str(case)] = "yes" if reason is None else reason
     return result
+
+
+def why_not(backend: str, case: Case) -> str | None:
+    """None if ``backend`` serves the case, else the reason.  Weights are packed in its layout."""
+    try:
+        with registry.use_backend(backend):
+            inputs = case.make_inputs(0)
+    except NotImplementedError as error:  # it cannot even pack the weight
+        return str(error).split(". ")[0]
+    return registry.why_not(backend, case.op, **inputs)
 
 
 def committed(backend: str) -> dict[str, str]:

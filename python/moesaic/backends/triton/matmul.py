@@ -10,7 +10,12 @@ from torch import Tensor
 from ... import registry
 from ...formats import PackedWeight, QuantFormat, QuantTensor
 from ...reference import matmul as reference
+from ..reference.matmul import packed_weight
 from ._launch import FLOATS, on_its_device, short, why_not_device, why_not_floats
+
+
+def _why_not_layout(layout: str) -> str | None:
+    return None if layout == "plain" else f"the weight was packed as {layout!r}, not 'plain'"
 
 
 def _why_not_weight(format: str, shape: list[int]) -> str | None:
@@ -42,13 +47,16 @@ def _why_not_linear(
     global_scale: Tensor | None, format: str, shape: list[int], layout: str, bias: Tensor | None,
     activation: str, out_dtype: torch.dtype,
 ) -> str | None:  # fmt: skip
-    if layout != "plain":
-        return f"the weight was packed as {layout!r}, not 'plain'"
     if activation:
         return f"no Triton kernel for {activation} activations"
     if out_dtype not in FLOATS:
         return f"it writes float32, bfloat16 and float16, not {short(out_dtype)}"
-    return why_not_device(x) or _why_not_weight(format, shape) or why_not_floats(x, bias)
+    return (
+        why_not_device(x)
+        or _why_not_layout(layout)
+        or _why_not_weight(format, shape)
+        or why_not_floats(x, bias)
+    )
 
 
 def _quant_linear(x: Tensor, data: Tensor, scale: Tensor, *rest: Any) -> Tensor:
@@ -60,5 +68,14 @@ def _quant_linear(x: Tensor, data: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     return out.view(*x.shape[:-1], data.shape[0])
 
 
+def _why_not_unpack(*packed: Any) -> str | None:
+    return why_not_device(packed[0]) or _why_not_layout(packed[7])
+
+
+def _unpack_weight(*packed: Any) -> QuantTensor | Tensor:
+    return reference.unpack_weight(packed_weight(*packed))
+
+
 registry.implement("pack_weight", "triton", _pack_weight, _why_not_pack)
+registry.implement("unpack_weight", "triton", _unpack_weight, _why_not_unpack)
 registry.implement("quant_linear", "triton", on_its_device(_quant_linear), _why_not_linear)
