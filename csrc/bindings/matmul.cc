@@ -1,12 +1,14 @@
 // moesaic._C: packed weights and quant_linear.
+#include "moesaic/matmul.h"
+
 #include "bindings.h"
 #include "cpu/table.h"
-#include "moesaic/matmul.h"
 
 namespace moesaic {
 namespace {
 
-PackArgs pack_args(int element, int64_t experts, int64_t n, int64_t k, Address plain, Address packed, int threads) {
+PackArgs pack_args(int element, int64_t experts, int64_t n, int64_t k, Address plain, Address packed,
+                   int threads) {
   PackArgs args{};
   args.element = static_cast<DType>(element);
   args.experts = experts;
@@ -52,12 +54,12 @@ void bind_matmul(py::module_& m) {
     py::gil_scoped_release release;
     pack_codes(args);
   });
-  m.def("unpack_codes", [](int element, int64_t experts, int64_t n, int64_t k, Address plain, Address packed,
-                           int threads) {
-    const PackArgs args = pack_args(element, experts, n, k, plain, packed, threads);
-    py::gil_scoped_release release;
-    unpack_codes(args);
-  });
+  m.def("unpack_codes",
+        [](int element, int64_t experts, int64_t n, int64_t k, Address plain, Address packed, int threads) {
+          const PackArgs args = pack_args(element, experts, n, k, plain, packed, threads);
+          py::gil_scoped_release release;
+          unpack_codes(args);
+        });
   m.def("quant_linear", [](const PackedMatrix& weight, Address x, int x_dtype, int64_t rows, int64_t x_stride,
                            Address bias, Address out, int out_dtype, int threads) {
     QuantLinearArgs args{};

@@ -94,11 +94,11 @@ inline F32x16 finish(const PackedMatrix& w, int64_t expert, int64_t panel, F32x1
 struct GemmTask {
   const PackedMatrix* weight;
   int64_t expert;
-  const float* a;           // all row blocks of `rows` rows
+  const float* a;  // all row blocks of `rows` rows
   int64_t rows;
-  int64_t block0, block1;   // row blocks
+  int64_t block0, block1;  // row blocks
   int64_t panel0, panel1;
-  float* acc;               // [panel1 - panel0][rows of the range][16], 64-byte aligned; overwritten
+  float* acc;  // [panel1 - panel0][rows of the range][16], 64-byte aligned; overwritten
 };
 
 // Up to this many rows weights are decoded straight into registers, and a task should be a multiple of

@@ -9,7 +9,7 @@
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;  // k decoded at a time: 16 KB of fp32
+constexpr int64_t kChunk = 256;           // k decoded at a time: 16 KB of fp32
 constexpr int64_t kL2Floats = 96 * 1024;  // activations that may be expected to stay in L2
 
 // k = 2 * pair and the next of a group.
@@ -47,7 +47,9 @@ inline const uint8_t* panel_scales(const PackedMatrix& w, int64_t expert, int64_
     case ScaleKind::kNone: return nullptr;
     case ScaleKind::kShared:
       return base + 4 * blocks * (expert * ceil_div(panels, w.scale_panels) + panel / w.scale_panels);
-    default: return base + (w.scale_kind == ScaleKind::kFloat32 ? 4 : 1) * kPanel * blocks * (expert * panels + panel);
+    default:
+      return base +
+             (w.scale_kind == ScaleKind::kFloat32 ? 4 : 1) * kPanel * blocks * (expert * panels + panel);
   }
 }
 
@@ -124,7 +126,8 @@ template <DType element, int R, int P>
 void stream_panels(const GemmTask& task, const float* a) {
   float* acc = task.acc;
   int64_t panel = task.panel0;
-  for (; panel + P <= task.panel1; panel += P, acc += P * R * kPanel) stream<element, R, P>(task, panel, a, acc);
+  for (; panel + P <= task.panel1; panel += P, acc += P * R * kPanel)
+    stream<element, R, P>(task, panel, a, acc);
   for (; panel < task.panel1; ++panel, acc += R * kPanel) stream<element, R, 1>(task, panel, a, acc);
 }
 
@@ -149,7 +152,7 @@ void tile(const float* a, const float* b, const float* scales, int64_t depth, in
 
 using Tile = void (*)(const float*, const float*, const float*, int64_t, int64_t, float*);
 constexpr Tile kTiles[] = {
-    nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>,
+    nullptr, tile<1>, tile<2>, tile<3>,  tile<4>,  tile<5>,  tile<6>,
 #if MOESAIC_ISA_AVX512
     tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
 #endif

@@ -14,8 +14,10 @@ inline void store_as(DType dtype, void* out, int64_t at, F32x16 v, int64_t count
   uint16_t* to = static_cast<uint16_t*>(out) + at;
   uint16_t part[kPanel];
   uint16_t* whole = count == kPanel ? to : part;
-  if (dtype == DType::kBFloat16) store_bf16(whole, v);
-  else store_f16(whole, v);
+  if (dtype == DType::kBFloat16)
+    store_bf16(whole, v);
+  else
+    store_f16(whole, v);
   if (whole == part) std::memcpy(to, part, 2 * count);
 }
 
@@ -44,7 +46,9 @@ void quant_linear(const QuantLinearArgs& args) {
   const int64_t kp = padded_k(w.k);
   float* a = static_cast<float*>(thread_scratch(Scratch::kMatmul, size_t(m * kp) * sizeof(float)));
   const int64_t element_size = args.x_dtype == DType::kFloat32 ? 4 : 2;
-  const auto row = [&](int64_t i) { return static_cast<const char*>(args.x) + i * args.x_stride * element_size; };
+  const auto row = [&](int64_t i) {
+    return static_cast<const char*>(args.x) + i * args.x_stride * element_size;
+  };
   parallel_tasks(blocks, m * kp <= kSerialFloats ? 1 : args.threads,
                  [&](int64_t b) { pack_row_block(args.x_dtype, w.k, m, b, row, a); });
 

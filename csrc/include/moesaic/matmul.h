@@ -28,12 +28,12 @@ namespace moesaic {
 enum class ScaleKind : int32_t { kNone = 0, kE8M0 = 1, kE4M3 = 2, kFloat32 = 3, kShared = 4 };
 
 struct PackedMatrix {
-  DType element;          // kE2M1, kE4M3FN, kE5M2, kInt8, kBFloat16, kFloat16 or kFloat32
+  DType element;  // kE2M1, kE4M3FN, kE5M2, kInt8, kBFloat16, kFloat16 or kFloat32
   ScaleKind scale_kind;
   int64_t experts, n, k;
-  int64_t block;          // k that share a scale: a multiple of 4 in [4, 256]; 128 for kNone
-  int64_t scale_panels;   // kShared: panels that share a scale
-  float unit;             // power of two that the accumulators are multiplied by, before row_scale
+  int64_t block;         // k that share a scale: a multiple of 4 in [4, 256]; 128 for kNone
+  int64_t scale_panels;  // kShared: panels that share a scale
+  float unit;            // power of two that the accumulators are multiplied by, before row_scale
   const uint8_t* data;
   const void* scale;
   const float* row_scale;  // or null
@@ -44,21 +44,24 @@ struct PackedMatrix {
 constexpr int64_t group_bytes(DType element) {
   switch (element) {
     case DType::kE2M1: return 32;
-    case DType::kE4M3FN: case DType::kE5M2: case DType::kInt8: return 64;
-    case DType::kBFloat16: case DType::kFloat16: return 128;
+    case DType::kE4M3FN:
+    case DType::kE5M2:
+    case DType::kInt8: return 64;
+    case DType::kBFloat16:
+    case DType::kFloat16: return 128;
     default: return 256;
   }
 }
 
 // out = x . weight^T * unit * row_scale + bias + poison; the order of operations is gemm.h's.
 struct QuantLinearArgs {
-  PackedMatrix weight;   // experts = 1
-  const void* x;         // [m, k], rows x_stride elements apart
-  DType x_dtype;         // kFloat32, kBFloat16, kFloat16
+  PackedMatrix weight;  // experts = 1
+  const void* x;        // [m, k], rows x_stride elements apart
+  DType x_dtype;        // kFloat32, kBFloat16, kFloat16
   int64_t m, x_stride;
-  const float* bias;     // [n] or null
-  void* out;             // [m, n] contiguous
-  DType out_dtype;       // kFloat32, kBFloat16, kFloat16
+  const float* bias;  // [n] or null
+  void* out;          // [m, n] contiguous
+  DType out_dtype;    // kFloat32, kBFloat16, kFloat16
   int threads;
 };
 
@@ -66,8 +69,8 @@ struct QuantLinearArgs {
 struct PackArgs {
   DType element;
   int64_t experts, n, k;
-  uint8_t* plain;    // [experts, n, row bytes] contiguous; E2M1: ceil(k/2) bytes a row
-  uint8_t* packed;   // the layout above
+  uint8_t* plain;   // [experts, n, row bytes] contiguous; E2M1: ceil(k/2) bytes a row
+  uint8_t* packed;  // the layout above
   // pack only: poison[expert][panels * 16] becomes NaN for rows with (code & nan_mask) == nan_code,
   // else 0; null for elements that decode their NaN themselves.
   float* poison;

@@ -86,7 +86,7 @@ def quant_linear(
     work = _work_dtype(x, bias, out_dtype)
     plain = unpack_weight(weight)
     w = dequantize(plain, work) if isinstance(plain, QuantTensor) else plain.to(work)
-    return _linear(_activations(x, activation).to(work), w, bias, out_dtype or x.dtype)
+    return _linear(quantized_activations(x, activation).to(work), w, bias, out_dtype or x.dtype)
 
 
 def scaled_mm(
@@ -117,7 +117,7 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -
     return out.to(out_dtype)
 
 
-def _activations(x: Tensor, activation: str | QuantFormat | None) -> Tensor:
+def quantized_activations(x: Tensor, activation: str | QuantFormat | None) -> Tensor:
     """The values that quantizing x keeps, in fp32 or wider."""
     if activation is None:
         return x

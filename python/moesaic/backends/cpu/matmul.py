@@ -9,15 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ... import registry
 from ...formats import PackedWeight, QuantFormat, QuantTensor, e8m0_values
-from . import extension as _C
+from ...reference import matmul as _reference
+from ...reference.quant import dequantize
+from ..reference.matmul import packed_weight, quantized
+from . import extension
 from ._dtypes import DTYPE, address
 
+_C: Any = extension
 LAYOUT = "cpu-panels"
 PANEL = 16
 #: Formats whose scale covers a whole row are summed in blocks of this many k, as are dense weights.
@@ -25,7 +31,8 @@ DEFAULT_BLOCK = 128
 MAX_BLOCK = 256
 
 _NONE, _E8M0, _E4M3, _FLOAT32, _SHARED = range(5)  # ScaleKind
-_DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DENSE = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 _E2M1 = 5
 
 
@@ -45,6 +52,13 @@ def why_not_format(spec: str) -> str | None:
     """None if weights of this format (a QuantFormat's string or "dense:<dtype>") can be packed."""
     plan = _plan(spec)
     return plan if isinstance(plan, str) else None
+
+
+def _served(spec: str) -> _Plan:
+    plan = _plan(spec)
+    if isinstance(plan, str):
+        raise NotImplementedError(f"pack_weight: weight: {plan}")
+    return plan
 
 
 @lru_cache(maxsize=256)
@@ -96,7 +110,7 @@ def pack(weight: QuantTensor | Tensor) -> PackedWeight:
     else:
         plain, shape = weight, tuple(weight.shape)
         spec = "dense:" + str(weight.dtype).removeprefix("torch.")
-    plan = _plan(spec)
+    plan = _served(spec)
     experts, n, k, panels = _grid(shape)
     plain = plain.contiguous()
     size = experts * panels * -(-k // 4) * _C.group_bytes(plan.element)
@@ -132,7 +146,9 @@ def _pack_scales(
         row_scale = pad(per_row[..., 0], (0, padding)).contiguous()
     if plan.scale_kind == _NONE:
         rows = q.format.block[0]
-        per_row = q.scale[..., 0].repeat_interleave(n if rows == -1 else rows, dim=-1)[..., :n]
+        if rows == -1:  # kept even where there are no outputs
+            return None, q.scale[..., 0].expand(*q.shape[:-2], max(panels, 1) * PANEL).clone(), None
+        per_row = q.scale[..., 0].repeat_interleave(rows, dim=-1)[..., :n]
         return None, pad(per_row, (0, padding)).contiguous(), None
     if plan.scale_kind == _SHARED:
         scale = q.scale
@@ -150,47 +166,51 @@ def _pack_scales(
 
 def unpack(packed: PackedWeight) -> QuantTensor | Tensor:
     """What :func:`pack` was given, bit for bit."""
-    plan = _plan(packed.format)
+    plan = _served(packed.format)
     shape = tuple(packed.shape)
     experts, n, k, _ = _grid(shape)
-    dense = packed.format.startswith("dense:")
-    fmt = None if dense else QuantFormat.from_string(packed.format)
-    dtype = _DENSE[packed.format.removeprefix("dense:")] if dense else fmt.data_dtype
-    plain = torch.empty(shape if dense else fmt.data_shape(shape), dtype=dtype)
+    fmt = None
+    if packed.format.startswith("dense:"):
+        plain = torch.empty(shape, dtype=_DENSE[packed.format.removeprefix("dense:")])
+    else:
+        fmt = QuantFormat.from_string(packed.format)
+        plain = torch.empty(fmt.data_shape(shape), dtype=fmt.data_dtype)
     _C.unpack_codes(
         plan.element, experts, n, k, plain.data_ptr(), packed.data.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    if dense:
+    if fmt is None:
         return plain
     return QuantTensor(plain, _unpack_scales(packed, plan, fmt, n), packed.global_scale, fmt, shape)
 
 
 def _unpack_scales(packed: PackedWeight, plan: _Plan, fmt: QuantFormat, n: int) -> Tensor:
-    if plan.scale_kind == _NONE:
+    if packed.scale is None:
         rows = fmt.block[0]
-        return packed.row_scale[..., : n : n if rows == -1 else rows].unsqueeze(-1).contiguous()
+        if packed.row_scale is None:
+            raise ValueError("unpack_weight: packed: expected scales, got None")
+        last, step = (1, 1) if rows == -1 else (n, rows)
+        return packed.row_scale[..., :last:step].unsqueeze(-1).contiguous()
     if plan.scale_kind == _SHARED:
         if fmt.scale == "e8m0":  # the exponent field is the code: 0 for 2^-127, 255 for NaN
             return (packed.scale.view(torch.int32) >> 23).to(torch.uint8)
         return packed.scale.to(fmt.scale_dtype)
-    return packed.scale.transpose(-1, -2).flatten(-3, -2)[..., :n, :].contiguous().view(fmt.scale_dtype)
+    scale = packed.scale.transpose(-1, -2).flatten(-3, -2)[..., :n, :]
+    return scale.contiguous().view(fmt.scale_dtype)
 
 
-def matrix(packed: PackedWeight) -> _C.PackedMatrix:
+def matrix(packed: PackedWeight) -> Any:
     """The weight as the kernels see it: addresses only, ``packed`` must outlive it."""
-    plan = _plan(packed.format)
+    plan = _served(packed.format)
     experts, n, k, panels = _grid(packed.shape)
     return _C.PackedMatrix(
-        plan.element, plan.scale_kind, experts, n, k, plan.block, plan.scale_panels or max(panels, 1),
-        plan.unit, packed.data.data_ptr(), address(packed.scale), address(packed.row_scale),
-        address(packed.poison),
+        plan.element, plan.scale_kind, experts, n, k, plan.block,
+        plan.scale_panels or max(panels, 1), plan.unit, packed.data.data_ptr(),
+        address(packed.scale), address(packed.row_scale), address(packed.poison),
     )  # fmt: skip
 
 
-def linear(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
+def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """x [..., K] @ weight.T + bias, one rounding to out_dtype."""
     k = packed.shape[-1]
     rows = x.reshape(-1, k) if k else x.new_empty(prod(x.shape[:-1]), 0)
@@ -203,3 +223,70 @@ def linear(
         address(bias), out.data_ptr(), DTYPE[out_dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _why_not_pack(
+    data: Tensor, scale: Tensor | None, global_scale: Tensor | None, spec: str, shape: list[int]
+) -> str | None:
+    return _not_here(data) or why_not_format(spec)
+
+
+def _pack_weight(
+    data: Tensor, scale: Tensor | None, global_scale: Tensor | None, spec: str, shape: list[int]
+) -> PackedWeight:
+    return pack(data if scale is None else quantized(data, scale, global_scale, spec, shape))
+
+
+def _why_not_packed(*packed: Any) -> str | None:
+    layout = packed[7]
+    return None if layout == LAYOUT else f"the weight was packed as {layout!r}, not {LAYOUT!r}"
+
+
+def _unpack_weight(*packed: Any) -> QuantTensor | Tensor:
+    return unpack(packed_weight(*packed))
+
+
+def _why_not_linear(x: Tensor, *rest: Any) -> str | None:
+    *packed, bias, _, out_dtype = rest
+    return _not_here(x) or _why_not_packed(*packed) or _why_not_floats(x.dtype, bias, out_dtype)
+
+
+def _quant_linear(x: Tensor, *rest: Any) -> Tensor:
+    *packed, bias, activation, out_dtype = rest
+    if activation:
+        how = QuantFormat.from_string(activation) if ":" in activation else activation
+        x = _reference.quantized_activations(x, how)
+    return linear(x, packed_weight(*packed), bias, out_dtype)
+
+
+def _why_not_scaled_mm(*args: Any) -> str | None:
+    *operands, bias, out_dtype = args
+    return (
+        _not_here(operands[0])
+        or why_not_format(operands[8])
+        or _why_not_floats(torch.float32, bias, out_dtype)
+    )
+
+
+def _scaled_mm(*args: Any) -> Tensor:
+    """b is packed for this one call: the codes are moved once, and decoded in registers or L1."""
+    *operands, bias, out_dtype = args
+    a, b = quantized(*operands[:5]), quantized(*operands[5:])
+    return linear(dequantize(a, torch.float32), pack(b), bias, out_dtype)
+
+
+def _not_here(t: Tensor) -> str | None:
+    return None if t.device.type == "cpu" else f"tensors are on {t.device}"
+
+
+def _why_not_floats(x: torch.dtype, bias: Tensor | None, out: torch.dtype) -> str | None:
+    for name, dtype in (("x", x), ("bias", None if bias is None else bias.dtype), ("out", out)):
+        if dtype not in (None, *_FLOATS):
+            return f"{name} is {dtype}; sums are fp32"
+    return None
+
+
+registry.implement("pack_weight", "cpu", _pack_weight, _why_not_pack)
+registry.implement("unpack_weight", "cpu", _unpack_weight, _why_not_packed)
+registry.implement("quant_linear", "cpu", _quant_linear, _why_not_linear)
+registry.implement("scaled_mm", "cpu", _scaled_mm, _why_not_scaled_mm)
