@@ -1,1 +1,0 @@
-"""Definitions of the moe room in plain PyTorch."""
