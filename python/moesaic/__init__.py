@@ -21,6 +21,17 @@ from .formats import (
     QuantTensor,
 )
 from .ops.matmul import pack_weight, quant_linear, scaled_mm, unpack_weight
+from .ops.moe import (
+    fused_experts,
+    fused_moe,
+    fused_topk,
+    grouped_mm,
+    moe_activation,
+    moe_align_block_size,
+    moe_permute,
+    moe_sort,
+    moe_unpermute,
+)
 from .ops.quant import (
     dequantize,
     fake_quantize,
@@ -49,7 +60,16 @@ __all__ = [
     "dequantize",
     "explain",
     "fake_quantize",
+    "fused_experts",
+    "fused_moe",
+    "fused_topk",
+    "grouped_mm",
     "implementations",
+    "moe_activation",
+    "moe_align_block_size",
+    "moe_permute",
+    "moe_sort",
+    "moe_unpermute",
     "pack_weight",
     "quant_linear",
     "quantization_error",
