@@ -1,5 +1,6 @@
 // Argument structs of all CPU kernels.
 #pragma once
 #include "moesaic/matmul.h"
+#include "moesaic/moe.h"
 #include "moesaic/roofline.h"
 #include "moesaic/selftest.h"
