@@ -15,7 +15,7 @@ struct Buffer {
 }  // namespace
 
 void* thread_scratch(Scratch slot, size_t bytes) {
-  thread_local Buffer buffers[4];
+  thread_local Buffer buffers[static_cast<int>(Scratch::kCount)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.size < bytes) {
     std::free(buffer.data);

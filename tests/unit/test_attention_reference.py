@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from moesaic.reference import attention as ref
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-
-from moesaic.reference import attention as ref
 
 F64 = torch.float64
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)

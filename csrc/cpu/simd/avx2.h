@@ -8,6 +8,7 @@
 namespace moesaic {
 namespace {
 
+constexpr int kVectors = 8;  // F32x16 values that the register file holds
 struct F32x16 { __m256 lo, hi; };
 struct U32x16 { __m256i lo, hi; };
 struct Mask16 { __m256 lo, hi; };  // all ones or all zeros in each 32-bit lane
@@ -182,6 +183,22 @@ inline void decode_e5m2(const uint8_t* p, F32x16& k0, F32x16& k1) {
 inline F32x16 load_e4m3(const uint8_t* p) {
   const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return from_f16(e4m3_to_f16(_mm256_slli_epi16(v, 8)));
+}
+
+// bf16 in the upper half of each lane, rounded to nearest even; a NaN becomes 0x7fc0.
+inline U32x16 round_bf16_high(F32x16 a) {
+  const U32x16 u = bits(a);
+  const U32x16 odd = bit_and(shr<16>(u), set1_u32(1));
+  const U32x16 rounded = bit_and(add(add(u, set1_u32(0x7fff)), odd), set1_u32(0xffff0000u));
+  return select(is_nan(a), set1_u32(0x7fc00000u), rounded);
+}
+inline void load_bf16_pairs(const uint16_t* p, F32x16& even, F32x16& odd) {
+  const U32x16 both = load_u32(p);
+  even = as_float(shl<16>(both));
+  odd = as_float(bit_and(both, set1_u32(0xffff0000u)));
+}
+inline void store_bf16_pairs(uint16_t* p, F32x16 even, F32x16 odd) {
+  store_u32(p, bit_or(shr<16>(round_bf16_high(even)), round_bf16_high(odd)));
 }
 
 inline float reduce_add(F32x16 a) {

@@ -5,6 +5,7 @@
 namespace moesaic {
 namespace {
 
+constexpr int kVectors = 8;  // F32x16 values that the register file holds
 struct F32x16 { float v[16]; };
 struct U32x16 { uint32_t v[16]; };
 struct Mask16 { bool v[16]; };
@@ -100,6 +101,14 @@ inline void decode_e5m2(const uint8_t* p, F32x16& k0, F32x16& k1) {
 }
 // 16 consecutive E4M3 codes: value / 256.
 inline F32x16 load_e4m3(const uint8_t* p) { MOESAIC_LANES(F32x16, e4m3_to_float(p[i])); }
+
+// 32 bf16 at once without a shuffle: element 2i to lane i of even, 2i + 1 to lane i of odd; and back.
+inline void load_bf16_pairs(const uint16_t* p, F32x16& even, F32x16& odd) {
+  for (int i = 0; i < 16; ++i) even.v[i] = bf16_to_float(p[2 * i]), odd.v[i] = bf16_to_float(p[2 * i + 1]);
+}
+inline void store_bf16_pairs(uint16_t* p, F32x16 even, F32x16 odd) {
+  for (int i = 0; i < 16; ++i) p[2 * i] = float_to_bf16(even.v[i]), p[2 * i + 1] = float_to_bf16(odd.v[i]);
+}
 
 inline float reduce_add(F32x16 a) {
   for (int w = 8; w; w /= 2)

@@ -2,5 +2,6 @@
 #pragma once
 #include "moesaic/matmul.h"
 #include "moesaic/moe.h"
+#include "moesaic/attention.h"
 #include "moesaic/roofline.h"
 #include "moesaic/selftest.h"
