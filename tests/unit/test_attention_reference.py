@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from moesaic.reference import attention as ref
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+
+from moesaic.reference import attention as ref
 
 F64 = torch.float64
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
@@ -205,7 +206,7 @@ def test_trap_05_slots_out_of_range_are_skipped():
 
 
 def test_trap_06_key_and_value_strides_are_independent():
-    keys, values, kc, vc, table, lens = paged([9, 2], page=4, dim_v=8)
+    _, _, kc, vc, table, lens = paged([9, 2], page=4, dim_v=8)
     q = torch.randn(2, 2, 16, dtype=F64)
     want = ref.paged_attention(q, kc, vc, table, lens)
     both = torch.cat((kc, vc), dim=-1)
@@ -293,7 +294,7 @@ def test_trap_11_lse_is_natural_with_shape_t_h():
 
 
 def test_trap_12_more_rows_than_keys():
-    keys, values, kc, vc, table, lens = paged([2], page=4)
+    _, values, kc, vc, table, lens = paged([2], page=4)
     q = torch.randn(5, 2, 16, dtype=F64)
     out, lse = ref.paged_attention(q, kc, vc, table, lens, cu_seqlens_q=cu([5]), return_lse=True)
     assert (out[:3] == 0).all() and (lse[:3] == -math.inf).all()
@@ -373,8 +374,11 @@ def test_trap_19_quantized_caches_round_trip_within_half_a_step(dtype, kind, lay
     key, value = torch.randn(7, 2, 16), torch.randn(7, 2, 8) * 3
     shape = (3, 4, 2) if layout == "NHD" else (3, 2, 4)
     kc, vc = (torch.zeros(*shape, d).to(dtype) for d in (16, 8))
-    scales = {"scalar": (0.05, torch.tensor(0.1)), "head": (torch.tensor([0.05, 0.06]), torch.tensor([0.1, 0.2])),
-              "token-head": (torch.zeros(shape), torch.zeros(shape))}[kind]  # fmt: skip
+    scales = {
+        "scalar": (0.05, torch.tensor(0.1)),
+        "head": (torch.tensor([0.05, 0.06]), torch.tensor([0.1, 0.2])),
+        "token-head": (torch.zeros(shape), torch.zeros(shape)),
+    }[kind]
     slots = torch.tensor([3, 9, 0, 5, 11, 2, 7])
     ref.reshape_and_cache(
         key, value, kc, vc, slots, k_scale=scales[0], v_scale=scales[1], layout=layout
@@ -397,8 +401,12 @@ def test_trap_19_quantized_caches_round_trip_within_half_a_step(dtype, kind, lay
 
 def test_trap_19_special_values():
     key = torch.tensor([0.0, math.nan, math.inf, -math.inf, 1e9, -0.5]).reshape(1, 1, 6)
-    for dtype, top, nan in ((torch.float8_e4m3fn, 448.0, math.nan), (torch.float8_e5m2, 57344.0, math.nan),
-                            (torch.int8, 127.0, 0.0)):  # fmt: skip
+    limits = (
+        (torch.float8_e4m3fn, 448.0, math.nan),
+        (torch.float8_e5m2, 57344.0, math.nan),
+        (torch.int8, 127.0, 0.0),
+    )
+    for dtype, top, nan in limits:
         kc, vc = torch.zeros(1, 1, 1, 6).to(dtype), torch.zeros(1, 1, 1, 6).to(dtype)
         ref.reshape_and_cache(key, key, kc, vc, torch.tensor([0]), k_scale=0.25)
         want = torch.tensor([0.0, nan, top, -top, top, -2.0])

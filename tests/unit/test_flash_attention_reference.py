@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
 from moesaic.reference import attention as ref
 from moesaic.reference.flash_attention import (
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from torch.nn.functional import scaled_dot_product_attention
 
 F64 = torch.float64
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ def _fake_attention(
 
 
 registry.define(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor? cu_seqlens_q, float scale, bool causal, int window_left, int window_right, "
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+    "Tensor seq_lens, Tensor? cu_seqlens_q, float scale, bool causal, int window_left, int window_right, "
     "float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? qq_mask, Tensor? k_scale, "
     "Tensor? v_scale) -> (Tensor, Tensor)",
     room="attention",
@@ -84,9 +85,7 @@ registry.define(
 )
 
 
-def _pages(
-    op: str, k_cache: Any, v_cache: Any, layout: str, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _pages(op: str, k_cache: Any, v_cache: Any, layout: str, like: Tensor) -> tuple[Tensor, Tensor]:
     """Checked caches as NHD views."""
     _check.choice(op, "layout", layout, ("NHD", "HND"))
     _check.tensor(op, "k_cache", k_cache, ndim=4, dtypes=CACHES, like=like)
@@ -162,7 +161,7 @@ def _verify_table(
 def _verify_rows(op: str, cu_seqlens_q: Tensor, tokens: int) -> None:
     """MOESAIC_CHECK=1: row offsets never fall and stay inside q."""
     bounds = cu_seqlens_q.tolist()
-    for b, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(bounds)):
         if not 0 <= start <= end <= tokens:
             _check.fail(
                 op, "cu_seqlens_q", f"offsets that never fall, in [0, {tokens}]",
@@ -283,7 +282,9 @@ def paged_mla_attention(
             _check.fail(op, "kv_cache", expected, _check.describe(kv_cache))
         kv_cache = definition.unpack_mla_fp8(kv_cache)
     if q.shape[2] != kv_cache.shape[2]:
-        _check.fail(op, "q", f"head dimension {kv_cache.shape[2]} as in kv_cache", _check.describe(q))
+        _check.fail(
+            op, "q", f"head dimension {kv_cache.shape[2]} as in kv_cache", _check.describe(q)
+        )
     _check.integer(op, "v_dim", v_dim, 1, kv_cache.shape[2])
     scale = _check.number(op, "scale", scale)
     if isinstance(kv_scale, Tensor) and kv_scale.ndim == 2:
@@ -436,7 +437,7 @@ for _door in (
 ):
     # One text for both: the definition's, with what a door adds.
     _door.__doc__ = (getattr(definition, _door.__name__).__doc__ or "").rstrip() + (
-        "\n\n    backend is None, \"cpu\", \"triton\" or \"reference\".  Raises ValueError, TypeError "
+        '\n\n    backend is None, "cpu", "triton" or "reference".  Raises ValueError, TypeError '
         "(dtype) or\n    NotImplementedError (backend), naming the argument, what was expected and "
         "what came.\n    "
     )

@@ -166,6 +166,6 @@ def flash_attn_with_kvcache(
 for _door in (flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache):
     # One text for both: the definition's, with what a door adds.
     _door.__doc__ = (getattr(definition, _door.__name__).__doc__ or "").rstrip() + (
-        "\n\n    backend is None, \"cpu\", \"triton\" or \"reference\".  Raises ValueError, TypeError "
+        '\n\n    backend is None, "cpu", "triton" or "reference".  Raises ValueError, TypeError '
         "(dtype) or\n    NotImplementedError (dropout, backend).\n    "
     )

@@ -128,8 +128,9 @@ def paged_attention(
             end - start, seq_len, present, causal, window,
             None if qq_mask is None else qq_mask[start:end],
         )  # fmt: skip
-        per_sequence = alibi_slopes is not None and alibi_slopes.dim() == 2
-        slopes = alibi_slopes[b] if per_sequence else alibi_slopes
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b]
         seq_out, seq_lse = _attend(
             q[start:end].to(dtype), k, v, visible, seq_len, scale, softcap, slopes, sinks
         )
@@ -518,7 +519,7 @@ def _attend(
 
 
 def _weighted_sum(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """sum_n weights[t, g, r, n] v[n, g, d], where 0 weight of an unseen NaN or Inf is 0, not NaN."""
+    """sum_n weights[t, g, r, n] v[n, g, d], where an unseen NaN or Inf counts 0, not NaN."""
     finite = v.isfinite()
     out = torch.einsum("tgrn,ngd->tgrd", weights, torch.where(finite, v, 0.0))
     for n in (~finite).flatten(1).any(1).nonzero().flatten().tolist():

@@ -10,6 +10,7 @@ functions below pass the reference, `moesaic.ops.flash_attention` passes its doo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from moesaic.reference.attention import paged_attention, reshape_and_cache
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
-Result = Tensor | tuple[Tensor, ...]
+Result = Tensor | tuple[Tensor | None, ...]
 
 
 def flash_attn_func(
@@ -164,7 +165,7 @@ def flash_attn_with_kvcache(
 
 
 def dense(
-    attend: Callable[..., Result],
+    attend: Callable[..., Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -199,7 +200,7 @@ def dense(
 
 
 def packed(
-    attend: Callable[..., Result],
+    attend: Callable[..., Any],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -216,7 +217,7 @@ def packed(
     block_table: Tensor | None,
     s_aux: Tensor | None,
 ) -> Result:
-    """`flash_attn_varlen_func` on the given paged attention: pages of one token, or the caller's."""
+    """`flash_attn_varlen_func` on the given paged attention: one-token pages, or the caller's."""
     if block_table is None:
         columns = torch.arange(max_seqlen_k, device=q.device, dtype=cu_seqlens_k.dtype)
         block_table = cu_seqlens_k[:-1, None] + columns
@@ -240,7 +241,7 @@ def packed(
 
 
 def with_kvcache(
-    attend: Callable[..., Result],
+    attend: Callable[..., Any],
     write: Callable[..., None],
     q: Tensor,
     k_cache: Tensor,

@@ -46,7 +46,7 @@ def _why_not_attention(
     return None
 
 
-def _pages(cache: Tensor) -> tuple[int, int, int, int, int, int, int]:
+def _pages(cache: Tensor) -> tuple[int, ...]:
     return (address(cache), DTYPE[cache.dtype], cache.shape[3], *cache.stride())
 
 

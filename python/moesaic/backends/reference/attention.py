@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from ... import registry
 from ...reference import attention
 
 
-def paged_attention(*args: Any) -> tuple[Tensor, Tensor]:
+def paged_attention(*args: Any) -> Any:
     """Flat arguments to the definition's keywords."""
     q, k, v, table, lens, cu_seqlens_q, scale, causal, left, right, softcap = args[:11]
     slopes, sinks, qq_mask, k_scale, v_scale = args[11:]

@@ -176,10 +176,10 @@ def _quantized(dtype: torch.dtype, kind: str) -> Callable[[Inputs], Inputs]:
 
 
 def _attention_cases() -> Iterator[Case]:
-    llama = {"heads": 8, "kv_heads": 2, "dim": 128}
-    small = {"heads": 6, "kv_heads": 2, "dim": 64}
+    llama: dict[str, Any] = {"heads": 8, "kv_heads": 2, "dim": 128}
+    small: dict[str, Any] = {"heads": 6, "kv_heads": 2, "dim": 64}
     edges = [1, 255, 256, 257, 0, 700]  # around the tile of the C++ kernel, and empty
-    mixed = {"lengths": [300, 513, 40, 0, 7, 260], "q_lens": [37, 1, 0, 3, 7, 1]}
+    mixed: dict[str, Any] = {"lengths": [300, 513, 40, 0, 7, 260], "q_lens": [37, 1, 0, 3, 7, 1]}
     for name, dtype in (("bf16", BF16), ("fp16", F16), ("fp32", F32)):
         yield _case(f"decode-{name}", edges, dtype=dtype, **llama)
         yield _case(f"mixed-{name}", dtype=dtype, **mixed, **small)
@@ -291,7 +291,7 @@ def _cache_inputs(
 
 def _write_cases() -> Iterator[Case]:
     def case(id: str, *args: Any, tags: Sequence[str] = (), **kwargs: Any) -> Case:
-        mutates = ("k_cache", "v_cache")
+        mutates: tuple[str, ...] = ("k_cache", "v_cache")
         if kwargs.get("kind") == "token":
             mutates += ("k_scale", "v_scale")
         return Case(
