@@ -89,7 +89,8 @@ VARIANTS = {
 PARAMETERS = [(name, chip) for name in VARIANTS for chip in aot.CHIPS]
 
 #: Spills that are accepted: (variant, chip) -> bytes. Everything else must not spill at all.
-ACCEPTED_SPILLS = {("decode-fp8-128", chip): 8 for chip in ("sm_80", "sm_89")}
+#: ptxas aims at three programs a multiprocessor here (168 registers) and misses by one or two.
+ACCEPTED_SPILLS = {("decode-fp8-128", chip): 8 for chip in ("sm_80", "sm_89", "sm_90", "sm_100")}
 
 WARP_GROUP_MMA = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 

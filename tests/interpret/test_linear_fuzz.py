@@ -79,6 +79,15 @@ def test_special_values_stay_in_their_row_and_block(dtype):
     assert out[1].isnan().all() and (out[2, :2] == torch.inf).all()
 
 
+def test_the_pad_nibble_of_an_odd_k_is_not_looked_at():
+    """Its product with nothing would be 0 * Inf: E2M1's 6 at the largest scale overflows."""
+    data = torch.tensor([[0x20, 0x70]], dtype=torch.uint8)  # 0, 1, 0 and the pad
+    scale = torch.tensor([[254]], dtype=torch.uint8)
+    with checked():
+        out = mxfp4_linear(torch.tensor([[1.0, 2.0**-127, 1.0]]), data, scale, None, torch.float32)
+    assert out.item() == 1.0
+
+
 def test_empty():
     x, data, scale = problem(Draw(0), 3, 5, 64, torch.bfloat16)
     assert mxfp4_linear(x[:0], data, scale, None, torch.float32).shape == (0, 5)
