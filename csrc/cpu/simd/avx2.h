@@ -83,6 +83,28 @@ inline void store_u8(uint8_t* p, U32x16 a) {
   const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+// 8 bytes of two nibbles each -> 16 bytes, the low nibble first.
+inline __m128i split_nibbles(const uint8_t* p) {
+  const __m128i v = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm_and_si128(_mm_or_si128(v, _mm_slli_epi16(v, 4)), _mm_set1_epi8(15));
+}
+inline U32x16 load_nibbles(const uint8_t* p) {
+  const __m128i v = split_nibbles(p);
+  return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+}
+inline void store_nibbles(uint8_t* p, U32x16 a) {
+  // Shifting a pair of lanes by 28 bits puts the odd code above the even one.
+  const __m256i lo = _mm256_or_si256(a.lo, _mm256_srli_epi64(a.lo, 28));
+  const __m256i hi = _mm256_or_si256(a.hi, _mm256_srli_epi64(a.hi, 28));
+  // Bytes 0 and 8 of each half, to their places: 0 1 | 2 3 from lo, 4 5 | 6 7 from hi.
+  const __m256i from_lo = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                           -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i from_hi = _mm256_setr_epi8(-1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                           -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i both = _mm256_or_si256(_mm256_shuffle_epi8(lo, from_lo), _mm256_shuffle_epi8(hi, from_hi));
+  const __m128i bytes = _mm_or_si128(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+}
 inline U32x16 bits(F32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 inline F32x16 as_float(U32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 inline U32x16 add(U32x16 a, U32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
@@ -133,7 +155,7 @@ inline F32x16 load_f16(const uint16_t* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
-inline void store_bf16(uint16_t* p, F32x16 a) {
+inline __attribute__((always_inline)) void store_bf16(uint16_t* p, F32x16 a) {
   const U32x16 u = bits(a);
   const U32x16 odd = bit_and(shr<16>(u), set1_u32(1));
   const U32x16 rounded = shr<16>(add(add(u, set1_u32(0x7fff)), odd));
@@ -212,6 +234,12 @@ inline float reduce_max(F32x16 a) {
   const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_max_ss(s2, _mm_movehdup_ps(s2)));
+}
+inline uint32_t reduce_max_s32(U32x16 a) {
+  const __m256i s8 = _mm256_max_epi32(a.lo, a.hi);
+  const __m128i s4 = _mm_max_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+  const __m128i s2 = _mm_max_epi32(s4, _mm_shuffle_epi32(s4, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(s2, _mm_shuffle_epi32(s2, 0xb1))));
 }
 
 }  // namespace

@@ -50,6 +50,15 @@ inline void store_u8(uint8_t* p, U32x16 a) {
 inline void store_u16(uint16_t* p, U32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
+inline U32x16 load_nibbles(const uint8_t* p) {
+  const __m128i v = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_cvtepu8_epi32(_mm_and_si128(_mm_or_si128(v, _mm_slli_epi16(v, 4)), _mm_set1_epi8(15)))};
+}
+inline void store_nibbles(uint8_t* p, U32x16 a) {
+  // Shifting a pair of lanes by 28 bits puts the odd code above the even one.
+  const __m512i pairs = _mm512_or_si512(a.v, _mm512_srli_epi64(a.v, 28));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
+}
 inline U32x16 bits(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
 inline F32x16 as_float(U32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline U32x16 add(U32x16 a, U32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -83,7 +92,7 @@ inline F32x16 load_bf16(const uint16_t* p) { return as_float(shl<16>(load_u16(p)
 inline F32x16 load_f16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline void store_bf16(uint16_t* p, F32x16 a) {
+inline __attribute__((always_inline)) void store_bf16(uint16_t* p, F32x16 a) {
   const U32x16 u = bits(a);
   const U32x16 odd = bit_and(shr<16>(u), set1_u32(1));
   const U32x16 rounded = shr<16>(add(add(u, set1_u32(0x7fff)), odd));
@@ -150,6 +159,12 @@ inline float reduce_max(F32x16 a) {
   const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   const __m128 s2 = _mm_max_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_max_ss(s2, _mm_movehdup_ps(s2)));
+}
+inline uint32_t reduce_max_s32(U32x16 a) {
+  const __m256i s8 = _mm256_max_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti32x8_epi32(a.v, 1));
+  const __m128i s4 = _mm_max_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+  const __m128i s2 = _mm_max_epi32(s4, _mm_shuffle_epi32(s4, 0x4e));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epi32(s2, _mm_shuffle_epi32(s2, 0xb1))));
 }
 
 }  // namespace

@@ -67,6 +67,21 @@ inline void store_u8(uint8_t* p, U32x16 a) {
   const uint16x8_t hi = vcombine_u16(vmovn_u32(a.v[2]), vmovn_u32(a.v[3]));
   vst1q_u8(p, vcombine_u8(vmovn_u16(lo), vmovn_u16(hi)));
 }
+inline U32x16 load_nibbles(const uint8_t* p) {
+  const uint8x8_t v = vld1_u8(p);
+  const uint8x8x2_t codes = vzip_u8(vand_u8(v, vdup_n_u8(15)), vshr_n_u8(v, 4));
+  const uint16x8_t lo = vmovl_u8(codes.val[0]), hi = vmovl_u8(codes.val[1]);
+  return {{vmovl_u16(vget_low_u16(lo)), vmovl_u16(vget_high_u16(lo)), vmovl_u16(vget_low_u16(hi)), vmovl_u16(vget_high_u16(hi))}};
+}
+inline void store_nibbles(uint8_t* p, U32x16 a) {
+  uint32x2_t pairs[4];  // the low halves of (even | odd << 4)
+  for (int q = 0; q < 4; ++q) {
+    const uint64x2_t v = vreinterpretq_u64_u32(a.v[q]);
+    pairs[q] = vmovn_u64(vorrq_u64(v, vshrq_n_u64(v, 28)));
+  }
+  const uint16x4_t lo = vmovn_u32(vcombine_u32(pairs[0], pairs[1])), hi = vmovn_u32(vcombine_u32(pairs[2], pairs[3]));
+  vst1_u8(p, vmovn_u16(vcombine_u16(lo, hi)));
+}
 inline U32x16 bits(F32x16 a) { MOESAIC_QUADS(U32x16, vreinterpretq_u32_f32(a.v[q])); }
 inline F32x16 as_float(U32x16 a) { MOESAIC_QUADS(F32x16, vreinterpretq_f32_u32(a.v[q])); }
 inline U32x16 add(U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, vaddq_u32(a.v[q], b.v[q])); }
@@ -107,7 +122,7 @@ inline F32x16 load_bf16(const uint16_t* p) { return as_float(shl<16>(load_u16(p)
 inline F32x16 load_f16(const uint16_t* p) {
   MOESAIC_QUADS(F32x16, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * q))));
 }
-inline void store_bf16(uint16_t* p, F32x16 a) {
+inline __attribute__((always_inline)) void store_bf16(uint16_t* p, F32x16 a) {
   const U32x16 u = bits(a);
   const U32x16 odd = bit_and(shr<16>(u), set1_u32(1));
   const U32x16 rounded = shr<16>(add(add(u, set1_u32(0x7fff)), odd));
@@ -188,6 +203,10 @@ inline float reduce_max(F32x16 a) {
   for (int w = 8; w; w /= 2)
     for (int i = 0; i < w; ++i) v[i] = greater(v[i], v[i + w]);
   return v[0];
+}
+inline uint32_t reduce_max_s32(U32x16 a) {
+  const int32x4_t lo = vmaxq_s32(as_s32(a.v[0]), as_s32(a.v[1])), hi = vmaxq_s32(as_s32(a.v[2]), as_s32(a.v[3]));
+  return uint32_t(vmaxvq_s32(vmaxq_s32(lo, hi)));
 }
 #undef MOESAIC_QUADS
 

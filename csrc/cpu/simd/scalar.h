@@ -42,6 +42,11 @@ inline U32x16 load_u16(const uint16_t* p) { MOESAIC_LANES(U32x16, p[i]); }
 // Low byte / low 16 bits of each lane.
 inline void store_u8(uint8_t* p, U32x16 a) { for (int i = 0; i < 16; ++i) p[i] = uint8_t(a.v[i]); }
 inline void store_u16(uint16_t* p, U32x16 a) { for (int i = 0; i < 16; ++i) p[i] = uint16_t(a.v[i]); }
+// 16 four-bit codes in 8 bytes, the even lane in the low nibble; to be stored they must be below 16.
+inline U32x16 load_nibbles(const uint8_t* p) { MOESAIC_LANES(U32x16, (p[i / 2] >> (4 * (i % 2))) & 15u); }
+inline void store_nibbles(uint8_t* p, U32x16 a) {
+  for (int i = 0; i < 8; ++i) p[i] = uint8_t(a.v[2 * i] | (a.v[2 * i + 1] << 4));
+}
 inline U32x16 bits(F32x16 a) { U32x16 r; std::memcpy(r.v, a.v, 64); return r; }
 inline F32x16 as_float(U32x16 a) { F32x16 r; std::memcpy(r.v, a.v, 64); return r; }
 inline U32x16 add(U32x16 a, U32x16 b) { MOESAIC_LANES(U32x16, a.v[i] + b.v[i]); }
@@ -119,6 +124,11 @@ inline float reduce_max(F32x16 a) {
   for (int w = 8; w; w /= 2)
     for (int i = 0; i < w; ++i) a.v[i] = a.v[i] > a.v[i + w] ? a.v[i] : a.v[i + w];
   return a.v[0];
+}
+inline uint32_t reduce_max_s32(U32x16 a) {
+  int32_t r = int32_t(a.v[0]);
+  for (int i = 1; i < 16; ++i) r = int32_t(a.v[i]) > r ? int32_t(a.v[i]) : r;
+  return uint32_t(r);
 }
 #undef MOESAIC_LANES
 

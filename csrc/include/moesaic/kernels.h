@@ -3,5 +3,6 @@
 #include "moesaic/matmul.h"
 #include "moesaic/moe.h"
 #include "moesaic/attention.h"
+#include "moesaic/quant.h"
 #include "moesaic/roofline.h"
 #include "moesaic/selftest.h"

@@ -361,6 +361,12 @@ def _rules(
         global_scale = None
     elif global_scale is not None:
         _global(op, "global_scale", global_scale, shape, x)
+        by_row = global_scale.ndim > 1 and global_scale.shape[-2] != 1
+    if by_row and format.block[0] != 1:
+        _check.fail(
+            op, "global_scale", f"one per matrix for blocks of {format.block[0]} rows", "one per row"
+        )
+    by_row = by_row and global_scale is None
     eps = _check.number(op, "eps", eps)
     if not eps >= 0:
         _check.fail(op, "eps", "a number >= 0", eps)

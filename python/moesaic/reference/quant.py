@@ -83,7 +83,7 @@ def quantize(
     elif format.four_over_six:
         grid, codes = _four_over_six(x, amax, gscale, format, seed)
     else:
-        grid = _block_scale(amax, gscale, format, format.max)
+        grid = block_scale(amax, gscale, format, format.max)
         codes = _encode_blocks(x, grid, gscale, format, seed)
     if format.element_type.nan_code is None:
         poisoned = _split(x.isnan(), format).any(-1).any(-2)
@@ -171,16 +171,23 @@ def rms_norm_quantize(
     Returns the QuantTensor; with a residual and ``return_norm`` the tuple (q, h, y), with either of
     them (q, h) or (q, y). ``h`` and ``y`` have the shape and dtype of ``x``.
     """
-    work = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
-    h = x if residual is None else (x.to(work) + residual.to(work)).to(x.dtype)
-    wide = h.to(work)
-    norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm_eps) * weight.to(work)
-    y = norm.to(x.dtype)
+    h, y = rms_norm(x, weight, residual, norm_eps)
     q = quantize(
         y, format, scale=scale, global_scale=global_scale, eps=eps, amax_ub=amax_ub, seed=seed
     )
     extra = ([] if residual is None else [h]) + ([y] if return_norm else [])
     return (q, *extra) if extra else q
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, norm_eps: float
+) -> tuple[Tensor, Tensor]:
+    """(h, y) of :func:`rms_norm_quantize`."""
+    work = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+    h = x if residual is None else (x.to(work) + residual.to(work)).to(x.dtype)
+    wide = h.to(work)
+    norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm_eps) * weight.to(work)
+    return h, norm.to(x.dtype)
 
 
 def silu_mul_quantize(
@@ -209,6 +216,16 @@ def silu_mul_quantize(
     fp32 (fp64 for fp64 x), rounded once to ``x.dtype`` as the unfused model has it, then
     ``quantize``.
     """
+    y = gated(x, activation, alpha, limit, interleaved)
+    return quantize(
+        y, format, scale=scale, global_scale=global_scale, eps=eps, amax_ub=amax_ub, seed=seed
+    )
+
+
+def gated(
+    x: Tensor, activation: str, alpha: float | None, limit: float | None, interleaved: bool
+) -> Tensor:
+    """The product that :func:`silu_mul_quantize` quantizes, rounded to ``x.dtype``."""
     oai = activation == "swigluoai"
     alpha = (1.702 if oai else 1.0) if alpha is None else alpha
     limit = 7.0 if limit is None and oai else limit
@@ -217,15 +234,7 @@ def silu_mul_quantize(
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     y = gate * torch.sigmoid(alpha * gate) * (up + 1 if oai else up)
-    return quantize(
-        y.to(x.dtype),
-        format,
-        scale=scale,
-        global_scale=global_scale,
-        eps=eps,
-        amax_ub=amax_ub,
-        seed=seed,
-    )
+    return y.to(x.dtype)
 
 
 def quantization_error(x: Tensor, q: QuantTensor) -> dict[str, float]:
@@ -309,15 +318,19 @@ def _global_scale(
     x: Tensor, format: QuantFormat, granularity: str, eps: float, amax_ub: float | None
 ) -> Tensor:
     whole = QuantFormat(format.element, (-1 if granularity == "tensor" else 1, -1), "fp32")
-    amax = _bounded(_block_amax(x, whole), eps, amax_ub)
+    return global_scale_of(_bounded(_block_amax(x, whole), eps, amax_ub), format)
+
+
+def global_scale_of(amax: Tensor, format: QuantFormat) -> Tensor:
+    """The global scale of a matrix or row with this (bounded) amax."""
     top = _MAX_E4M3_FOUR_OVER_SIX if format.four_over_six else _MAX_E4M3
     return torch.where(amax == 0, 1.0, (amax / (format.max * top)).clamp(min=_MIN_NORMAL_FP32))
 
 
-def _block_scale(
+def block_scale(
     amax: Tensor, global_scale: Tensor | None, format: QuantFormat, divisor: float
 ) -> Tensor:
-    """Stored scales for the given amax; ``divisor`` is the element value that amax maps to."""
+    """Stored scales of blocks with this (bounded) amax; ``divisor`` is the element value that amax maps to."""
     if format.scale_rule != "exact":
         code = torch.where(amax == 0, 127, _power_of_two_code(amax, format)).to(torch.uint8)
         return code if format.scale == "e8m0" else _scale_values(code)
@@ -407,7 +420,7 @@ def _candidate(
     divisor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(scales, codes, sum of squared errors per block in fp64) with amax mapped to ``divisor``."""
-    scale = _block_scale(amax, global_scale, format, divisor)
+    scale = block_scale(amax, global_scale, format, divisor)
     codes = _encode_blocks(x, scale, global_scale, format, seed)
     q = QuantTensor(_pack(codes, format), scale, global_scale, format, tuple(x.shape))
     error = (dequantize(q, torch.float64) - x).square().nan_to_num(nan=0.0)
