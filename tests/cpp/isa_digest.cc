@@ -71,6 +71,49 @@ void digest_vocabulary() {
   }
 }
 
+// quant_linear on random codes of every element type: few rows (decoded in registers) and many.
+void digest_matmul() {
+  struct Form {
+    const char* name;
+    DType element;
+    ScaleKind scale;
+    int64_t block;
+  };
+  const Form forms[] = {
+      {"mxfp4", DType::kE2M1, ScaleKind::kE8M0, 32},      {"nvfp4", DType::kE2M1, ScaleKind::kE4M3, 16},
+      {"e4m3", DType::kE4M3FN, ScaleKind::kFloat32, 128}, {"e5m2", DType::kE5M2, ScaleKind::kShared, 128},
+      {"int8", DType::kInt8, ScaleKind::kFloat32, 32},    {"bf16", DType::kBFloat16, ScaleKind::kNone, 128},
+      {"fp16", DType::kFloat16, ScaleKind::kNone, 128},   {"fp32", DType::kFloat32, ScaleKind::kNone, 128}};
+  const int64_t n = 40, k = 296, panels = 3;
+  for (const Form& form : forms) {
+    Random random{7};
+    std::vector<uint8_t> codes(size_t(panels * k / 4 * group_bytes(form.element)));
+    for (uint8_t& c : codes) c = uint8_t(random.bits() >> 24) & 0xbb;  // no NaN or Inf in any type
+    const bool wide = form.scale == ScaleKind::kFloat32 || form.scale == ScaleKind::kShared;
+    std::vector<uint8_t> byte_scales(size_t(panels * 16 * ((k + 15) / 16)));
+    for (uint8_t& s : byte_scales) s = uint8_t(random.bits() >> 24) & 0x7e;
+    const std::vector<float> float_scales = values(byte_scales.size(), 8), bias = values(size_t(n), 9);
+    for (const int64_t m : {1, 3, 5, 14}) {
+      const std::vector<float> x = values(size_t(m * k), 10);
+      std::vector<float> out(size_t(m * n));
+      QuantLinearArgs args{};
+      args.weight = {form.element, form.scale,   1,       n,       k,      form.block, panels,
+                     1.0f,         codes.data(), nullptr, nullptr, nullptr};
+      args.weight.scale = wide ? static_cast<const void*>(float_scales.data()) : byte_scales.data();
+      args.x = x.data();
+      args.x_dtype = args.out_dtype = DType::kFloat32;
+      args.m = m;
+      args.x_stride = k;
+      args.bias = bias.data();
+      args.out = out.data();
+      args.threads = 2;
+      kernels().quant_linear(args);
+      print((std::string("quant_linear ") + form.name + " " + std::to_string(m)).c_str(), out.data(),
+            out.size() * 4);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -81,5 +124,6 @@ int main(int argc, char** argv) {
   }
   set_isa(what);
   digest_vocabulary();
+  digest_matmul();
   return 0;
 }
