@@ -20,11 +20,7 @@ namespace moesaic {
 namespace {
 
 constexpr int64_t kPanel = 16;
-#if MOESAIC_ISA_AVX512
-constexpr int64_t kTileRows = 12;  // 12 accumulators of one register
-#else
-constexpr int64_t kTileRows = 6;  // 12 accumulators on AVX2, 24 on NEON
-#endif
+constexpr int64_t kTileRows = 6;  // with 16 outputs 12 accumulators on AVX2 and 24 on NEON
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t panel_count(const PackedMatrix& w) { return ceil_div(w.n, kPanel); }
@@ -101,9 +97,9 @@ struct GemmTask {
   float* acc;  // [panel1 - panel0][rows of the range][16], 64-byte aligned; overwritten
 };
 
-// Up to this many rows weights are decoded straight into registers, and a task should be a multiple of
-// kStreamPanels panels and one row block; above, a task is best a few panels and at most kTaskRows rows.
-constexpr int64_t kStreamPanels = 4;
+// A task is best kTaskPanels panels (or fewer, to balance threads) and at most kTaskRows rows: with one
+// row block of up to 4 rows the weights are decoded in registers, else the activations stay in L2.
+constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kTaskRows = 192;
 
 namespace MOESAIC_ISA {

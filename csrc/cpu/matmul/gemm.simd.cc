@@ -131,30 +131,55 @@ void stream_panels(const GemmTask& task, const float* a) {
   for (; panel < task.panel1; ++panel, acc += R * kPanel) stream<element, R, 1>(task, panel, a, acc);
 }
 
-// c[R][16] += decoded chunk b[depth][16] times row block a[depth][R]; scales [blocks][16].
-template <int R>
-void tile(const float* a, const float* b, const float* scales, int64_t depth, int64_t block, float* c) {
+// Panels that a tile covers: what the registers hold beside kTileRows rows.
+#if MOESAIC_ISA_AVX512
+constexpr int kTilePanels = 2;
+#else
+constexpr int kTilePanels = 1;
+#endif
+
+// The decoded chunk of one panel and its scales, in L1.
+struct Chunk {
+  alignas(64) float weights[kChunk * kPanel];     // [k][16]
+  alignas(64) float scales[kChunk / 4 * kPanel];  // [blocks][16]
+};
+
+// c[P][R][16], panels `stride` floats apart, += the chunks of P panels times row block a[depth][R].
+template <int R, int P>
+void tile(const float* a, const Chunk* chunks, int64_t depth, int64_t block, float* c, int64_t stride) {
+  const float *b = chunks->weights, *scales = chunks->scales;
+  constexpr int64_t next = sizeof(Chunk) / sizeof(float);
   for (int64_t begin = 0; begin < depth; begin += block, scales += kPanel) {
     const int64_t count = depth - begin < block ? depth - begin : block;
-    F32x16 p[R];
-    for (int r = 0; r < R; ++r) p[r] = zero();
+    F32x16 p[P][R];
+    for (int j = 0; j < P; ++j)
+      for (int r = 0; r < R; ++r) p[j][r] = zero();
     for (int64_t i = 0; i < count; i += 4, a += 4 * R, b += 4 * kPanel) {
       for (int kk = 0; kk < 4; ++kk) {
-        const F32x16 v = load(b + kk * kPanel);
-        for (int r = 0; r < R; ++r) fma_to(p[r], set1(a[kk * R + r]), v);
+        F32x16 v[P];
+        for (int j = 0; j < P; ++j) v[j] = load(b + kk * kPanel + j * next);
+        for (int r = 0; r < R; ++r) {
+          const F32x16 x = set1(a[kk * R + r]);
+          for (int j = 0; j < P; ++j) fma_to(p[j][r], x, v[j]);
+        }
       }
     }
-    const F32x16 s = load(scales);
-    c = fresh(c);
-    for (int r = 0; r < R; ++r) store(c + kPanel * r, fma(p[r], s, load(c + kPanel * r)));
+    c = fresh(c);  // or the compiler keeps sums in spilled registers and stores each twice
+    for (int j = 0; j < P; ++j) {
+      const F32x16 s = load(scales + j * next);
+      for (int r = 0; r < R; ++r) {
+        float* at = c + j * stride + kPanel * r;
+        store(at, fma(p[j][r], s, load(at)));
+      }
+    }
   }
 }
 
-using Tile = void (*)(const float*, const float*, const float*, int64_t, int64_t, float*);
-constexpr Tile kTiles[] = {
-    nullptr, tile<1>, tile<2>, tile<3>,  tile<4>,  tile<5>,  tile<6>,
+using Tile = void (*)(const float*, const Chunk*, int64_t, int64_t, float*, int64_t);
+constexpr Tile kTiles[kTilePanels][kTileRows] = {
+    {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>, tile<5, 1>, tile<6, 1>},
 #if MOESAIC_ISA_AVX512
-    tile<7>, tile<8>, tile<9>, tile<10>, tile<11>, tile<12>,
+    {tile<1, 2>, tile<2, 2>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>},
 #endif
 };
 
@@ -166,30 +191,34 @@ struct Tiles {
   const int64_t chunk = kChunk / w.block * w.block;
   const int64_t row0 = block_begin(task.rows, task.block0);
   const int64_t rows = block_begin(task.rows, task.block1) - row0;
-  alignas(64) float decoded[kChunk * kPanel];
-  alignas(64) float scales[kChunk / 4 * kPanel];
+  Chunk chunks[kTilePanels];
 
   explicit Tiles(const GemmTask& t) : task(t) {}
 
-  void panel_chunk(int64_t panel, int64_t begin) {
-    const int64_t depth = k - begin < chunk ? k - begin : chunk;
+  void decode(int64_t panel, int64_t begin, int64_t depth, Chunk& to) {
     const uint8_t* codes = panel_codes<element>(w, task.expert, panel) + begin / 4 * group_bytes(element);
     for (int64_t g = 0; g < depth / 4; ++g, codes += group_bytes(element)) {
       __builtin_prefetch(codes + kChunk / 4 * group_bytes(element));
       F32x16 v[4];
       decode_pair<element, 0>(codes, v[0], v[1]);
       decode_pair<element, 1>(codes, v[2], v[3]);
-      for (int kk = 0; kk < 4; ++kk) store(decoded + (4 * g + kk) * kPanel, v[kk]);
+      for (int kk = 0; kk < 4; ++kk) store(to.weights + (4 * g + kk) * kPanel, v[kk]);
     }
-    const uint8_t* coded = panel_scales(w, task.expert, panel);
+    const uint8_t* scales = panel_scales(w, task.expert, panel);
     for (int64_t b = 0; b * w.block < depth; ++b)
-      store(scales + b * kPanel, load_scale(w.scale_kind, coded, begin / w.block + b));
+      store(to.scales + b * kPanel, load_scale(w.scale_kind, scales, begin / w.block + b));
+  }
+
+  // `panels` <= kTilePanels panels from `panel` on, the chunk of k at `begin`, all rows of the task.
+  void multiply(int64_t panel, int64_t panels, int64_t begin) {
+    const int64_t depth = k - begin < chunk ? k - begin : chunk;
+    for (int64_t j = 0; j < panels; ++j) decode(panel + j, begin, depth, chunks[j]);
     float* c = task.acc + (panel - task.panel0) * rows * kPanel;
     const int64_t fewest = task.rows / row_blocks(task.rows), larger = task.rows % row_blocks(task.rows);
     const float* a = task.a + row0 * k;
     for (int64_t rb = task.block0; rb < task.block1; ++rb) {
       const int64_t count = fewest + (rb < larger);
-      kTiles[count](a + begin * count, decoded, scales, depth, w.block, c);
+      kTiles[panels - 1][count - 1](a + begin * count, chunks, depth, w.block, c, rows * kPanel);
       a += count * k;
       c += count * kPanel;
     }
@@ -199,12 +228,14 @@ struct Tiles {
   // in L2, and all panels take their turn on a chunk of k.
   void run() {
     for (int64_t i = 0; i < (task.panel1 - task.panel0) * rows; ++i) store(task.acc + i * kPanel, zero());
+    const int64_t all = task.panel1 - task.panel0;
+    const auto at_once = [&](int64_t i) { return all - i < kTilePanels ? all - i : kTilePanels; };
     if (rows * k <= kL2Floats) {
-      for (int64_t panel = task.panel0; panel < task.panel1; ++panel)
-        for (int64_t begin = 0; begin < k; begin += chunk) panel_chunk(panel, begin);
+      for (int64_t i = 0; i < all; i += kTilePanels)
+        for (int64_t begin = 0; begin < k; begin += chunk) multiply(task.panel0 + i, at_once(i), begin);
     } else {
       for (int64_t begin = 0; begin < k; begin += chunk)
-        for (int64_t panel = task.panel0; panel < task.panel1; ++panel) panel_chunk(panel, begin);
+        for (int64_t i = 0; i < all; i += kTilePanels) multiply(task.panel0 + i, at_once(i), begin);
     }
   }
 };

@@ -6,7 +6,6 @@
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
-constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kSerialFloats = 64 * 1024;  // activations that one thread packs faster than it wakes others
 
 inline void store_as(DType dtype, void* out, int64_t at, F32x16 v, int64_t count) {
