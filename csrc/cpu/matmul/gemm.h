@@ -97,9 +97,8 @@ struct GemmTask {
   float* acc;  // [panel1 - panel0][rows of the range][16], 64-byte aligned; overwritten
 };
 
-// A task is best kTaskPanels panels (or fewer, to balance threads) and at most kTaskRows rows: with one
-// row block of up to 4 rows the weights are decoded in registers, else the activations stay in L2.
-constexpr int64_t kTaskPanels = 4;
+// A task is best a few panels and at most kTaskRows rows: with one row block the weights
+// are decoded in registers, else a chunk of the activations stays in L2 while the panels take turns.
 constexpr int64_t kTaskRows = 192;
 
 namespace MOESAIC_ISA {

@@ -249,6 +249,8 @@ void gemm_of(const GemmTask& task) {
     case 2: return stream_panels<element, 2, 2>(task, a);
     case 3: return stream_panels<element, 3, 1>(task, a);
     case 4: return stream_panels<element, 4, 1>(task, a);
+    case 5: return stream_panels<element, 5, 1>(task, a);
+    case 6: return stream_panels<element, 6, 1>(task, a);
     default: Tiles<element>(task).run();
   }
 }

@@ -6,6 +6,7 @@
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
+constexpr int64_t kTaskPanels = 4;            // or half as many, where that leaves threads idle
 constexpr int64_t kSerialFloats = 64 * 1024;  // activations that one thread packs faster than it wakes others
 
 inline void store_as(DType dtype, void* out, int64_t at, F32x16 v, int64_t count) {
@@ -51,12 +52,13 @@ void quant_linear(const QuantLinearArgs& args) {
   parallel_tasks(blocks, m * kp <= kSerialFloats ? 1 : args.threads,
                  [&](int64_t b) { pack_row_block(args.x_dtype, w.k, m, b, row, a); });
 
-  const int64_t row_tasks = ceil_div(m, kTaskRows), panel_tasks = ceil_div(panels, kTaskPanels);
-  parallel_tasks(row_tasks * panel_tasks, args.threads, [&](int64_t index) {
+  const int64_t row_tasks = ceil_div(m, kTaskRows);
+  const int64_t width = panels * row_tasks < 4 * kTaskPanels * args.threads ? kTaskPanels / 2 : kTaskPanels;
+  parallel_tasks(row_tasks * ceil_div(panels, width), args.threads, [&](int64_t index) {
     alignas(64) float acc[(kTaskRows + kTileRows) * kPanel * kTaskPanels];
-    const int64_t i = index % row_tasks, j = index / row_tasks;
-    GemmTask task{&w, 0, a, m, blocks * i / row_tasks, blocks * (i + 1) / row_tasks, j * kTaskPanels, 0, acc};
-    task.panel1 = task.panel0 + kTaskPanels < panels ? task.panel0 + kTaskPanels : panels;
+    const int64_t i = index % row_tasks, panel = index / row_tasks * width;
+    const int64_t end = panel + width < panels ? panel + width : panels;
+    const GemmTask task{&w, 0, a, m, blocks * i / row_tasks, blocks * (i + 1) / row_tasks, panel, end, acc};
     gemm(task);
     store_tile(args, task);
   });
