@@ -20,11 +20,9 @@ PackArgs pack_args(int element, int64_t experts, int64_t n, int64_t k, Address p
   return args;
 }
 
-}  // namespace
-
+// Everything but the addresses.
 PackedMatrix packed_matrix(int element, int scale_kind, int64_t experts, int64_t n, int64_t k, int64_t block,
-                           int64_t scale_panels, float unit, Address data, Address scale, Address row_scale,
-                           Address poison) {
+                           int64_t scale_panels, float unit) {
   PackedMatrix w{};
   w.element = static_cast<DType>(element);
   w.scale_kind = static_cast<ScaleKind>(scale_kind);
@@ -34,6 +32,10 @@ PackedMatrix packed_matrix(int element, int scale_kind, int64_t experts, int64_t
   w.block = block;
   w.scale_panels = scale_panels;
   w.unit = unit;
+  return w;
+}
+
+PackedMatrix at(PackedMatrix w, Address data, Address scale, Address row_scale, Address poison) {
   w.data = pointer<const uint8_t>(data);
   w.scale = pointer<const void>(scale);
   w.row_scale = pointer<const float>(row_scale);
@@ -41,9 +43,12 @@ PackedMatrix packed_matrix(int element, int scale_kind, int64_t experts, int64_t
   return w;
 }
 
+}  // namespace
+
 void bind_matmul(py::module_& m) {
   py::class_<PackedMatrix>(m, "PackedMatrix", "A packed weight by addresses; see moesaic/matmul.h.")
-      .def(py::init(&packed_matrix));
+      .def(py::init(&packed_matrix))
+      .def("at", &at, "A copy with the addresses of data, scale, row_scale and poison (0: absent).");
   m.def("group_bytes", [](int element) { return group_bytes(static_cast<DType>(element)); });
   m.def("pack_codes", [](int element, int64_t experts, int64_t n, int64_t k, Address plain, Address packed,
                          Address poison, int nan_mask, int nan_code, int threads) {

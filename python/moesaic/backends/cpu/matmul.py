@@ -199,28 +199,37 @@ def _unpack_scales(packed: PackedWeight, plan: _Plan, fmt: QuantFormat, n: int) 
     return scale.contiguous().view(fmt.scale_dtype)
 
 
+@lru_cache(maxsize=4096)
+def _form(spec: str, shape: tuple[int, ...]) -> Any:
+    """A _C.PackedMatrix without addresses."""
+    plan = _served(spec)
+    experts, n, k, panels = _grid(shape)
+    shared = plan.scale_panels or max(panels, 1)
+    return _C.PackedMatrix(
+        plan.element, plan.scale_kind, experts, n, k, plan.block, shared, plan.unit
+    )
+
+
 def matrix(packed: PackedWeight) -> Any:
     """The weight as the kernels see it: addresses only, ``packed`` must outlive it."""
-    plan = _served(packed.format)
-    experts, n, k, panels = _grid(packed.shape)
-    return _C.PackedMatrix(
-        plan.element, plan.scale_kind, experts, n, k, plan.block,
-        plan.scale_panels or max(panels, 1), plan.unit, packed.data.data_ptr(),
-        address(packed.scale), address(packed.row_scale), address(packed.poison),
+    return _form(packed.format, packed.shape).at(
+        packed.data.data_ptr(), address(packed.scale), address(packed.row_scale),
+        address(packed.poison),
     )  # fmt: skip
 
 
-def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """x [..., K] @ weight.T + bias, one rounding to out_dtype."""
-    k = packed.shape[-1]
-    rows = x.reshape(-1, k) if k else x.new_empty(prod(x.shape[:-1]), 0)
-    if rows.stride(-1) != 1:
+    n, k = weight.shape
+    out = torch.empty(*x.shape[:-1], n, dtype=out_dtype)
+    m = prod(x.shape[:-1])
+    rows = x if x.ndim == 2 else x.reshape(m, k)
+    if rows.stride(1) != 1 and k > 1:
         rows = rows.contiguous()
-    out = torch.empty(*x.shape[:-1], packed.shape[-2], dtype=out_dtype)
     bias = None if bias is None else bias.float().contiguous()
     _C.quant_linear(
-        matrix(packed), rows.data_ptr(), DTYPE[x.dtype], rows.shape[0], rows.stride(0),
-        address(bias), out.data_ptr(), DTYPE[out_dtype], torch.get_num_threads(),
+        matrix(weight), rows.data_ptr(), DTYPE[x.dtype], m, rows.stride(0), address(bias),
+        out.data_ptr(), DTYPE[out_dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
