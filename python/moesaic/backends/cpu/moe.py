@@ -26,20 +26,24 @@ _ACTIVATION = {
     "relu2": 5,
     "silu_no_mul": 6,
 }
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_WIDTH = len(_weights.FIELDS)
 
 
 def _fp32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _has_fp64(*values: Any) -> bool:
-    return any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in values)
+def _is_fp64(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype == torch.float64
 
 
-def _topk_supports(*args: Any) -> str | None:
-    if _has_fp64(*args) or args[-1] == torch.float64:
-        return "float64 is computed by the reference only"
+_ONLY_REFERENCE = "float64 is computed by the reference only"
+
+
+def _topk_supports(logits: Tensor, *args: Any) -> str | None:
+    bias, scale, weights_dtype = args[6], args[10], args[-1]
+    if weights_dtype == torch.float64 or any(map(_is_fp64, (logits, bias, scale))):
+        return _ONLY_REFERENCE
     return None
 
 
@@ -67,7 +71,8 @@ def _fused_topk(
     return weights.to(weights_dtype), ids
 
 
-def _weight_supports(name: str, data: Tensor, spec: str, layout: str) -> str | None:
+def _weight_supports(name: str, data: Tensor, *rest: Any) -> str | None:
+    spec, layout = rest[4], rest[6]
     if layout == _weights.DENSE:
         spec = "dense:" + str(data.dtype).removeprefix("torch.")
     elif layout not in (_weights.QUANT, matmul.LAYOUT):
@@ -76,30 +81,28 @@ def _weight_supports(name: str, data: Tensor, spec: str, layout: str) -> str | N
     return None if reason is None else f"{name}: {reason}"
 
 
-def _experts_supports(*args: Any) -> str | None:
-    named = dict(zip(registry.ops()["fused_experts"].arguments, args, strict=True))
-    if _has_fp64(*args):
-        return "float64 is computed by the reference only"
-    if named["activation"] not in _ACTIVATION:
-        return f"no kernel for the activation {named['activation']!r}"
-    if named["shared_w13"] is not None:
-        return (
-            "no kernel for separate shared experts; num_fused_shared_experts makes them routed ones"
-        )
-    for w in ("w13", "w2"):
-        reason = _weight_supports(w, named[f"{w}_data"], named[f"{w}_format"], named[f"{w}_layout"])
-        if reason is not None:
-            return reason
-    return None
+def _experts_supports(x: Tensor, *args: Any) -> str | None:
+    topk_weights, _, activation, _, _, _, w13_bias, w2_bias, *_, shared_w13, _, _ = args[
+        2 * _WIDTH :
+    ]
+    if any(map(_is_fp64, (x, topk_weights, w13_bias, w2_bias))):
+        return _ONLY_REFERENCE
+    if activation not in _ACTIVATION:
+        return f"no kernel for the activation {activation!r}"
+    if shared_w13 is not None:
+        return "no kernel for separate shared experts; num_fused_shared_experts routes them"
+    return _weight_supports("w13", *args[:_WIDTH]) or _weight_supports(
+        "w2", *args[_WIDTH : 2 * _WIDTH]
+    )
 
 
 def _fused_experts(x: Tensor, *args: Any) -> Tensor:
-    width = len(_weights.FIELDS)
-    w13, w2 = _weights.unflatten(*args[:width]), _weights.unflatten(*args[width : 2 * width])
+    w13 = _weights.unflatten(*args[:_WIDTH])
+    w2 = _weights.unflatten(*args[_WIDTH : 2 * _WIDTH])
     (
         topk_weights, ids, activation, alpha, limit, interleaved, w13_bias, w2_bias, on_input,
         expert_map, num_identity, _, _, _,
-    ) = args[2 * width :]  # fmt: skip
+    ) = args[2 * _WIDTH :]  # fmt: skip
     if x.stride(1) != 1:
         x = x.contiguous()
     if not (isinstance(w13, PackedWeight) and isinstance(w2, PackedWeight)):
@@ -107,7 +110,7 @@ def _fused_experts(x: Tensor, *args: Any) -> Tensor:
             w13, w2, w13_bias, w2_bias, ids, expert_map
         )
     topk_weights, w13_bias, w2_bias = _fp32(topk_weights), _fp32(w13_bias), _fp32(w2_bias)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty(x.shape, dtype=x.dtype)
     _C.fused_experts(
         matmul.matrix(w13), matmul.matrix(w2), x.data_ptr(), DTYPE[x.dtype], x.stride(0),
         x.shape[0],
