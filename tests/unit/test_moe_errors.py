@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a row of the table is a call and its whole message)
 """Every documented error of the moe doors, with its message."""
 
 import re

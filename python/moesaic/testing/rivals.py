@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,14 +54,17 @@ def _softmax_topk(inputs: Inputs) -> Tensor:
 
 
 def _dense_experts(inputs: Inputs) -> Inputs:
+    return {**inputs, "w13": _dense_bf16(inputs["w13"]), "w2": _dense_bf16(inputs["w2"])}
+
+
+@lru_cache(maxsize=8)
+def _dense_bf16(weight: Any) -> Tensor:
+    """Decoded once for all inputs that share the weight: a layer of experts is large."""
     from ..ops.matmul import unpack_weight
     from ..ops.quant import dequantize
 
-    def dense(weight: Any) -> Tensor:
-        plain = weight if isinstance(weight, Tensor) else unpack_weight(weight)
-        return (plain if isinstance(plain, Tensor) else dequantize(plain)).bfloat16()
-
-    return {**inputs, "w13": dense(inputs["w13"]), "w2": dense(inputs["w2"])}
+    plain = weight if isinstance(weight, Tensor) else unpack_weight(weight)
+    return plain.bfloat16() if isinstance(plain, Tensor) else dequantize(plain, torch.bfloat16)
 
 
 def _experts_loop(inputs: Inputs) -> Tensor:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...formats import FP8_BLOCK_128X128, MXFP4, NVFP4, QuantFormat, QuantTensor
+from ...formats import (
+    FP8_BLOCK_128X128,
+    FP8_ROW,
+    MXFP4,
+    NVFP4,
+    PackedWeight,
+    QuantFormat,
+    QuantTensor,
+)
 from ...reference.moe import ACTIVATIONS
 from ..case import Case, Cost, Exact, Inputs, Yardstick
 
@@ -297,11 +306,18 @@ def _activation_cases() -> Iterator[Case]:
             )  # fmt: skip
 
 
+def _pack(weight: Tensor | QuantTensor) -> PackedWeight:
+    from ... import pack_weight
+
+    return pack_weight(weight)
+
+
 def experts_inputs(
     tokens: int, experts: int, top_k: int, hidden: int, inner: int, *,
     fmt: QuantFormat | None = None,
     dtype: str = "fp32", ids: str = "random", biases: bool = False, expert_map: bool = False,
-    transposed: bool = False, shared: bool = False, activation: str = "silu", **kwargs: Any,
+    transposed: bool = False, shared: bool = False, packed: bool = False, activation: str = "silu",
+    **kwargs: Any,
 ) -> Callable[[int], Inputs]:  # fmt: skip
     """Inputs of fused_experts; see the cases for what the settings are for."""
 
@@ -347,6 +363,9 @@ def experts_inputs(
             inputs["shared_w13"] = _weight((rows, hidden), None, kind, g)
             inputs["shared_w2"] = _weight((hidden, inner), None, kind, g)
             inputs["shared_gate"] = _weight((1, hidden), None, kind, g)
+        if packed:
+            for name in ("w13", "w2"):
+                inputs[name] = _pack(inputs[name])
         return inputs
 
     return make
@@ -354,24 +373,66 @@ def experts_inputs(
 
 def _experts_case(
     name: str, tokens: int, experts: int, top_k: int, hidden: int, inner: int, *tags: str,
-    **kwargs: Any
+    **kwargs: Any,
 ) -> Case:  # fmt: skip
-    def cost(inputs: Inputs) -> Cost:
-        used = inputs["topk_ids"].unique().numel()
-        weights = (inputs["w13"].nbytes + inputs["w2"].nbytes) * used // experts
-        moved = weights + 2 * inputs["hidden_states"].nbytes
-        return Cost(moved, 2 * tokens * top_k * 3 * hidden * inner)
-
     return Case(
         id=f"{name}-T{tokens}-E{experts}-k{top_k}-H{hidden}-I{inner}",
         room="moe",
         op="fused_experts",
         make_inputs=experts_inputs(tokens, experts, top_k, hidden, inner, **kwargs),
         tolerance=Yardstick(terms=16 + top_k),
-        cost=cost,
         take_rows=_first_rows("hidden_states", "topk_weights", "topk_ids"),
         rows=tokens,
         tags=frozenset(tags),
+    )
+
+
+#: A bench takes turns with layers of at least this many bytes, so that weights come from memory.
+_COLD_BYTES = 160 << 20
+
+
+@lru_cache(maxsize=8)
+def _bench_layer(
+    experts: int, hidden: int, inner: int, fmt: QuantFormat | None, copy: int
+) -> tuple[PackedWeight, PackedWeight]:
+    g = _generator(copy)
+    shapes = (experts, 2 * inner, hidden), (experts, hidden, inner)
+    first, second = (_pack(_weight(shape, fmt, torch.bfloat16, g)) for shape in shapes)
+    return first, second
+
+
+def _experts_bench(
+    name: str, tokens: int, experts: int, top_k: int, hidden: int, inner: int,
+    fmt: QuantFormat | None,
+) -> Case:  # fmt: skip
+    bytes_per_value = 2 if fmt is None else fmt.bits_per_value / 8
+    per_expert = int(3 * hidden * inner * bytes_per_value)
+    copies = -(-_COLD_BYTES // (experts * per_expert))
+
+    def make(seed: int) -> Inputs:
+        g = _generator(seed)
+        w13, w2 = _bench_layer(experts, hidden, inner, fmt, seed % copies)
+        return {
+            "hidden_states": torch.randn(tokens, hidden, generator=g).bfloat16(),
+            "w13": w13,
+            "w2": w2,
+            "topk_weights": torch.rand(tokens, top_k, generator=g),
+            "topk_ids": torch.rand(tokens, experts, generator=g).argsort(1)[:, :top_k],
+        }
+
+    def cost(inputs: Inputs) -> Cost:
+        used = inputs["topk_ids"].unique().numel()
+        moved = used * per_expert + 2 * inputs["hidden_states"].nbytes
+        return Cost(moved, 2 * tokens * top_k * 3 * hidden * inner)
+
+    return Case(
+        id=f"{name}-T{tokens}",
+        room="moe",
+        op="fused_experts",
+        make_inputs=make,
+        tolerance=Yardstick(terms=16 + top_k),
+        cost=cost,
+        tags=frozenset({"bench"}),
     )
 
 
@@ -420,13 +481,14 @@ def _experts_cases() -> Iterator[Case]:
     yield case("expert-map", 11, 4, 3, 40, 32, expert_map=True)
     yield case("identity-and-map", 11, 4, 3, 40, 32, expert_map=True, num_identity_experts=2)
     yield case("shared", 11, 4, 2, 40, 32, shared=True)
-    for tokens in (1, 128):
+    yield case("packed-bf16", 9, 6, 3, 40, 44, dtype="bf16", packed=True)
+    yield case("packed-mxfp4", 14, 6, 3, 96, 64, "small", fmt=MXFP4, dtype="bf16", packed=True)
+    yield case("packed-fp8-row", 9, 4, 2, 48, 40, fmt=FP8_ROW, dtype="fp16", packed=True)
+    for tokens in (1, 16, 128):
         for name, fmt in {"bf16": None, "mxfp4": MXFP4}.items():
-            yield case(
-                f"granite-like-{name}", tokens, 32, 4, 1024, 768, "bench", fmt=fmt, dtype="bf16"
-            )
+            yield _experts_bench(f"E32-k4-H1024-I768-{name}", tokens, 32, 4, 1024, 768, fmt)
     for tokens in (1, 64):
-        yield case("qwen3-30b-mxfp4", tokens, 128, 8, 2048, 768, "bench", fmt=MXFP4, dtype="bf16")
+        yield _experts_bench("qwen3-30b-mxfp4", tokens, 128, 8, 2048, 768, MXFP4)
 
 
 def _moe_cases() -> Iterator[Case]:
