@@ -114,6 +114,78 @@ void digest_matmul() {
   }
 }
 
+// fused_topk with every scoring function, and fused_experts with every activation on bf16 and MXFP4
+// weights.
+void digest_moe() {
+  const int64_t tokens = 37, experts = 20, k = 3, hidden = 44, inner = 24;
+  std::vector<float> logits = values(size_t(tokens * experts), 11), bias = values(size_t(experts), 12);
+  for (size_t i = 0; i < logits.size(); i += 7) logits[i] = i % 2 ? NAN : -INFINITY;
+  std::vector<float> weights(size_t(tokens * k));
+  std::vector<int32_t> ids(weights.size());
+  for (int scoring = 0; scoring < 4; ++scoring) {
+    FusedTopkArgs args{};
+    args.logits = logits.data();
+    args.logits_dtype = DType::kFloat32;
+    args.logits_stride = args.experts = experts;
+    args.tokens = tokens;
+    args.top_k = k;
+    args.scoring = static_cast<Scoring>(scoring);
+    args.renormalize = scoring != 3;
+    args.renorm_eps = 1e-20f;
+    args.routed_scaling_factor = 2.5f;
+    args.bias = scoring == 1 ? bias.data() : nullptr;
+    args.num_expert_group = 4;
+    args.topk_group = 2;
+    args.weights = weights.data();
+    args.ids = ids.data();
+    args.threads = 2;
+    kernels().fused_topk(args);
+    print(("fused_topk weights " + std::to_string(scoring)).c_str(), weights.data(), weights.size() * 4);
+    print(("fused_topk ids " + std::to_string(scoring)).c_str(), ids.data(), ids.size() * 4);
+  }
+
+  Random random{13};
+  const std::vector<float> x = values(size_t(tokens * hidden), 14);
+  for (const DType element : {DType::kBFloat16, DType::kE2M1}) {
+    std::vector<uint8_t> codes(size_t(experts * 3 * 16 * 48 * 4));
+    for (size_t i = 0; i < codes.size(); ++i) {
+      codes[i] = uint8_t(random.bits() >> 24);
+      if (element == DType::kBFloat16 && i % 2) codes[i] = (codes[i] & 0x80) | 0x3e;  // +-[1/8, 1/2)
+    }
+    std::vector<uint8_t> scales(size_t(experts * 3 * 16 * 2));
+    for (uint8_t& c : scales) c = uint8_t(118 + (random.bits() >> 30));
+    for (int activation = 0; activation <= int(Activation::kSiluNoMul); ++activation) {
+      const int64_t rows = is_gated(static_cast<Activation>(activation)) ? 2 * inner : inner;
+      const ScaleKind kind = element == DType::kE2M1 ? ScaleKind::kE8M0 : ScaleKind::kNone;
+      std::vector<float> out(size_t(tokens * hidden));
+      FusedExpertsArgs args{};
+      args.w13 = {element, kind,         experts,       rows,    hidden,  kind == ScaleKind::kNone ? 128 : 32, 1,
+                  1.0f,    codes.data(), scales.data(), nullptr, nullptr};
+      args.w2 = args.w13;
+      args.w2.n = hidden;
+      args.w2.k = inner;
+      args.x = x.data();
+      args.dtype = DType::kFloat32;
+      args.x_stride = hidden;
+      args.tokens = tokens;
+      args.top_k = k;
+      args.topk_weights = weights.data();
+      args.topk_ids = ids.data();
+      args.activation = static_cast<Activation>(activation);
+      args.alpha = 1.5f;
+      args.limit = activation == 1 ? INFINITY : 7.0f;
+      args.interleaved = activation % 2;
+      args.out = out.data();
+      args.threads = 2;
+      kernels().fused_experts(args);
+      for (float& v : out)
+        if (std::isnan(v)) v = 0.0f;
+      const std::string name = element == DType::kE2M1 ? "mxfp4 " : "bf16 ";
+      print(("fused_experts " + name + std::to_string(activation)).c_str(), out.data(), out.size() * 4);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -125,5 +197,6 @@ int main(int argc, char** argv) {
   set_isa(what);
   digest_vocabulary();
   digest_matmul();
+  digest_moe();
   return 0;
 }
