@@ -1,8 +1,8 @@
 // Bindings of the attention room: addresses and sizes to argument structs.
-#include "bindings.h"
-
-#include "cpu/table.h"
 #include "moesaic/attention.h"
+
+#include "bindings.h"
+#include "cpu/table.h"
 
 namespace moesaic {
 namespace {
@@ -11,16 +11,22 @@ namespace {
 using Pages = std::tuple<Address, int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 PageCache page_cache(const Pages& p) {
-  return {pointer<void>(std::get<0>(p)), static_cast<DType>(std::get<1>(p)), std::get<2>(p), std::get<3>(p),
-          std::get<4>(p), std::get<5>(p), std::get<6>(p)};
+  return {pointer<void>(std::get<0>(p)),
+          static_cast<DType>(std::get<1>(p)),
+          std::get<2>(p),
+          std::get<3>(p),
+          std::get<4>(p),
+          std::get<5>(p),
+          std::get<6>(p)};
 }
 
 void paged_attention(Address q, int q_dtype, int64_t tokens, int64_t heads, int64_t q_token_stride,
-                     int64_t q_head_stride, Address out, Address lse, const Pages& k, const Pages& v, int64_t kv_heads,
-                     int64_t num_blocks, int64_t block_size, Address block_table, bool table_is_int64, int64_t batch,
-                     int64_t max_blocks, int64_t table_stride, Address seq_lens, Address cu_seqlens_q, double scale,
-                     bool causal, int64_t window_left, int64_t window_right, double softcap, Address alibi_slopes,
-                     int64_t alibi_batch_stride, Address sinks, int threads) {
+                     int64_t q_head_stride, Address out, Address lse, const Pages& k, const Pages& v,
+                     int64_t kv_heads, int64_t num_blocks, int64_t block_size, Address block_table,
+                     bool table_is_int64, int64_t batch, int64_t max_blocks, int64_t table_stride,
+                     Address seq_lens, Address cu_seqlens_q, double scale, bool causal, int64_t window_left,
+                     int64_t window_right, double softcap, Address alibi_slopes, int64_t alibi_batch_stride,
+                     Address sinks, int threads) {
   PagedAttentionArgs a{};
   a.q = pointer<const void>(q);
   a.q_dtype = static_cast<DType>(q_dtype);
@@ -54,9 +60,10 @@ void paged_attention(Address q, int q_dtype, int64_t tokens, int64_t heads, int6
   kernels().paged_attention(a);
 }
 
-void reshape_and_cache(Address key, Address value, int dtype, int64_t tokens, int64_t heads, int64_t key_token_stride,
-                       int64_t key_head_stride, int64_t value_token_stride, int64_t value_head_stride, const Pages& k,
-                       const Pages& v, int64_t num_blocks, int64_t block_size, Address slot_mapping, int threads) {
+void reshape_and_cache(Address key, Address value, int dtype, int64_t tokens, int64_t heads,
+                       int64_t key_token_stride, int64_t key_head_stride, int64_t value_token_stride,
+                       int64_t value_head_stride, const Pages& k, const Pages& v, int64_t num_blocks,
+                       int64_t block_size, Address slot_mapping, int threads) {
   ReshapeAndCacheArgs a{};
   a.key = pointer<const void>(key);
   a.value = pointer<const void>(value);

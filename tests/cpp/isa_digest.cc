@@ -186,6 +186,63 @@ void digest_moe() {
   }
 }
 
+// Decode and prefill over shuffled pages with a hole, a window, soft-cap, sinks and ALiBi.
+void digest_attention(const char* name, DType dtype, int64_t dim) {
+  const int64_t heads = 6, kv_heads = 2, blocks = 60, page = 13, lengths[] = {530, 70}, rows[] = {0, 40, 41};
+  const bool wide = dtype == DType::kFloat32;
+  const auto fill = [&](std::vector<uint16_t>& storage, size_t n, uint64_t seed) {
+    Random random{seed};
+    storage.resize(wide ? 2 * n : n);
+    for (size_t i = 0; i < n; ++i) {
+      const float x = random.uniform();
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      if (wide) std::memcpy(&storage[2 * i], &x, 4);
+      // any finite pattern will do for 16 bits
+      else
+        storage[i] = uint16_t(dtype == DType::kBFloat16 ? bits >> 16 : (bits >> 16 & 0x83ff) | 0x3800);
+    }
+  };
+  std::vector<uint16_t> q, k, v;
+  fill(q, size_t(41 * heads * dim), 5);
+  fill(k, size_t(blocks * page * kv_heads * dim), 6);
+  fill(v, size_t(blocks * page * kv_heads * dim), 7);
+  std::vector<int32_t> table(2 * 42);
+  for (size_t i = 0; i < table.size(); ++i) table[i] = int32_t((i * 37 + 11) % 61) - 1;
+  std::vector<float> out(41 * size_t(heads * dim)), lse(41 * size_t(heads)), slopes(6, 0.01f), sinks(6, 0.5f);
+
+  PagedAttentionArgs a{};
+  a.q = q.data();
+  a.q_dtype = dtype;
+  a.q_token_stride = heads * dim;
+  a.q_head_stride = dim;
+  a.out = out.data();
+  a.lse = lse.data();
+  a.k = {k.data(), dtype, dim, page * kv_heads * dim, kv_heads * dim, dim, 1};
+  a.v = {v.data(), dtype, dim, page * kv_heads * dim, kv_heads * dim, dim, 1};
+  a.tokens = 41;
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.batch = 2;
+  a.num_blocks = blocks;
+  a.block_size = page;
+  a.block_table = table.data();
+  a.table_stride = a.max_blocks = 42;
+  a.seq_lens = lengths;
+  a.cu_seqlens_q = rows;
+  a.scale = 0.2f;
+  a.causal = true;
+  a.window_left = 400;
+  a.window_right = -1;
+  a.softcap = 5.0f;
+  a.alibi_slopes = slopes.data();
+  a.sinks = sinks.data();
+  a.threads = 2;
+  kernels().paged_attention(a);
+  print(name, out.data(), out.size() * (wide ? 4 : 2));
+  print(name, lse.data(), lse.size() * 4);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -198,5 +255,8 @@ int main(int argc, char** argv) {
   digest_vocabulary();
   digest_matmul();
   digest_moe();
+  digest_attention("paged_attention_fp32", DType::kFloat32, 64);
+  digest_attention("paged_attention_bf16", DType::kBFloat16, 64);
+  digest_attention("paged_attention_fp16", DType::kFloat16, 72);
   return 0;
 }

@@ -18,8 +18,8 @@
 namespace moesaic::MOESAIC_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;        // query rows of a task
-constexpr int64_t kRowsInPlace = 8;  // up to this many rows, converting a tile first does not pay
+constexpr int64_t kRows = 64;               // query rows of a task
+constexpr int64_t kRowsInPlace = 8;         // up to this many rows, converting a tile first does not pay
 constexpr int64_t kFar = int64_t(1) << 60;  // beyond every position; sums of three stay in range
 constexpr int64_t kMaxStateBytes = int64_t(256) << 20;
 constexpr int64_t kTasksPerThread = 8;
@@ -29,16 +29,16 @@ constexpr int kStep = 16;  // keys that rows share while they are in the L1 cach
 
 // A sequence as planned: which rows of q, which keys, which tasks.
 struct Sequence {
-  int64_t index;         // in the batch
-  int64_t first_row;     // of q
-  int64_t query_rows;    // tokens of q
-  int64_t length;        // position of the last row, plus 1
-  int64_t keys;          // keys that the table can name
+  int64_t index;               // in the batch
+  int64_t first_row;           // of q
+  int64_t query_rows;          // tokens of q
+  int64_t length;              // position of the last row, plus 1
+  int64_t keys;                // keys that the table can name
   int64_t head_blocks, heads;  // of KV heads that share a task
   int64_t row_tiles;
   int64_t first_tile, tiles;  // of the rows' visible keys
   int64_t first_task, tasks;
-  int64_t states;        // offset in floats of its tile states; -1 if its tasks fold their tiles
+  int64_t states;  // offset in floats of its tile states; -1 if its tasks fold their tiles
 };
 
 struct Plan {
@@ -65,7 +65,8 @@ struct Call {
 
   // Whether `rows` query rows use K or V as it lies in the pages.
   bool in_place(const PageCache& cache, int64_t rows) const {
-    return (rows <= kRowsInPlace || cache.dtype == DType::kFloat32) && cache.dim % kChunk == 0 && cache.dim_stride == 1;
+    return (rows <= kRowsInPlace || cache.dtype == DType::kFloat32) && cache.dim % kChunk == 0 &&
+           cache.dim_stride == 1;
   }
 
   // KV heads that share a task of `rows` rows each: those side by side in a token's memory.
@@ -125,14 +126,16 @@ struct Task {
   int64_t position(int64_t row) const {
     return sequence.length - sequence.query_rows + (first + row % rows) / call.group;
   }
-  int64_t head(int64_t row) const { return (kv_head + row / rows) * call.group + (first + row % rows) % call.group; }
+  int64_t head(int64_t row) const {
+    return (kv_head + row / rows) * call.group + (first + row % rows) % call.group;
+  }
   int64_t token(int64_t row) const { return sequence.first_row + (first + row % rows) / call.group; }
 
   void load_queries() const {
     const PagedAttentionArgs& a = call.args;
     for (int64_t r = 0; r < all_rows(); ++r)
-      load_q_row(a.q_dtype, a.q, token(r) * a.q_token_stride + head(r) * a.q_head_stride, a.k.dim, call.paired, a.scale,
-                 work.q + r * call.k_width);
+      load_q_row(a.q_dtype, a.q, token(r) * a.q_token_stride + head(r) * a.q_head_stride, a.k.dim,
+                 call.paired, a.scale, work.q + r * call.k_width);
   }
 
   // Addresses of the K and V rows of keys [begin, end) of the tile; true if some have no page.
@@ -212,7 +215,8 @@ struct Task {
     if (call.in_place(a.k, rows))
       scores(int(heads), int(rows), in_place(a.k, work.keys), begin, end, k_step, work.q, work.weights);
     else
-      scores(1, int(rows), converted(a.k, work.keys, begin, end, work.k_tile), begin, end, kStep, work.q, work.weights);
+      scores(1, int(rows), converted(a.k, work.keys, begin, end, work.k_tile), begin, end, kStep, work.q,
+             work.weights);
     for (int64_t r = 0; r < all_rows(); ++r) {
       const Span span = work.spans[r];
       if (span.begin == span.end) continue;
@@ -222,11 +226,11 @@ struct Task {
     }
     const int v_step = heads > 1 ? kStep / 2 : kStep;
     if (call.in_place(a.v, rows))
-      accumulate(int(heads), int(rows), work.spans, in_place(a.v, work.values), begin, end, v_step, work.weights,
-                 work.tile_acc);
-    else
-      accumulate(1, int(rows), work.spans, converted(a.v, work.values, begin, end, work.v_tile), begin, end, kStep,
+      accumulate(int(heads), int(rows), work.spans, in_place(a.v, work.values), begin, end, v_step,
                  work.weights, work.tile_acc);
+    else
+      accumulate(1, int(rows), work.spans, converted(a.v, work.values, begin, end, work.v_tile), begin, end,
+                 kStep, work.weights, work.tile_acc);
   }
 
   void finish(int64_t row, State state, const float* acc) const {
@@ -253,7 +257,8 @@ struct Task {
     for (int64_t tile = from / kTile; tile * kTile < to; ++tile) {
       attend(tile, work.states);
       for (int64_t r = 0; r < all_rows(); ++r)
-        merge(states[r], work.acc + r * call.v_width, work.states[r], work.tile_acc + r * call.v_width, call.v_width);
+        merge(states[r], work.acc + r * call.v_width, work.states[r], work.tile_acc + r * call.v_width,
+              call.v_width);
     }
     for (int64_t r = 0; r < all_rows(); ++r) finish(r, states[r], work.acc + r * call.v_width);
   }
@@ -272,7 +277,8 @@ struct Task {
       float* to = state_at(all, tile, r);
       to[0] = work.states[r].m;
       to[1] = work.states[r].l;
-      if (work.states[r].l != 0) std::memcpy(to + 16, work.tile_acc + r * call.v_width, size_t(4 * call.v_width));
+      if (work.states[r].l != 0)
+        std::memcpy(to + 16, work.tile_acc + r * call.v_width, size_t(4 * call.v_width));
     }
   }
 
@@ -351,8 +357,10 @@ const Sequence& sequence_of(const Plan& p, int64_t task) {
   int64_t low = 0, high = p.count - 1;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
-    if (p.sequences[middle].first_task <= task) low = middle;
-    else high = middle - 1;
+    if (p.sequences[middle].first_task <= task)
+      low = middle;
+    else
+      high = middle - 1;
   }
   return p.sequences[low];
 }

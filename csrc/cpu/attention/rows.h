@@ -13,8 +13,12 @@ namespace {
 
 constexpr int kChunk = 32;
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 inline void load_chunk(const float* p, F32x16& a, F32x16& b) {
   a = load(p);
@@ -61,7 +65,8 @@ inline void join_pairs(float* chunk) {
 }
 
 // One row of q, times scale; `paired` is the order of a bf16 cache.
-inline void load_q_row(DType dtype, const void* q, int64_t offset, int64_t dim, bool paired, float scale, float* out) {
+inline void load_q_row(DType dtype, const void* q, int64_t offset, int64_t dim, bool paired, float scale,
+                       float* out) {
   if (dtype == DType::kFloat32) widen_row(static_cast<const float*>(q) + offset, 1, dim, out);
   if (dtype == DType::kFloat16) widen_row(static_cast<const F16*>(q) + offset, 1, dim, out);
   if (dtype == DType::kBFloat16) widen_row(static_cast<const BF16*>(q) + offset, 1, dim, out);
@@ -94,8 +99,10 @@ inline void store_out_row(DType dtype, void* out, int64_t offset, int64_t dim, b
     }
     uint16_t narrow[kChunk];
     for (int i = 0; i < kChunk; i += 16) {
-      if (dtype == DType::kBFloat16) store_bf16(narrow + i, load(chunk + i));
-      else store_f16(narrow + i, load(chunk + i));
+      if (dtype == DType::kBFloat16)
+        store_bf16(narrow + i, load(chunk + i));
+      else
+        store_f16(narrow + i, load(chunk + i));
     }
     std::memcpy(static_cast<uint16_t*>(out) + offset + c, narrow, 2 * count);
   }

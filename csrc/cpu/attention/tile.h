@@ -31,8 +31,8 @@ inline void prefetch_row(const void* row, int64_t bytes) {
 
 // s[r * kTile + t] = q[r] . keys[t] for t in [begin, end).
 template <int R, class T>
-inline void score_block(const TileRows<T>& keys, int64_t offset, int begin, int end, bool first, const float* q,
-                        float* s) {
+inline void score_block(const TileRows<T>& keys, int64_t offset, int begin, int end, bool first,
+                        const float* q, float* s) {
   const int64_t width = keys.chunks * kChunk, bytes = first ? keys.prefetch_bytes : 0;
   for (int t = begin; t < end; ++t) {
     if (bytes) prefetch_row(keys.row[t + keys.ahead] + offset, bytes);
@@ -81,8 +81,8 @@ inline void scores(int heads, int rows, const TileRows<T>& keys, int begin, int 
 
 // acc[r] += p[r][t] values[t] for t in [begin, end), C chunks wide.
 template <int R, int C, class T>
-inline void value_block(const TileRows<T>& values, int64_t offset, int begin, int end, int64_t chunk, bool first,
-                        const float* p, float* acc) {
+inline void value_block(const TileRows<T>& values, int64_t offset, int begin, int end, int64_t chunk,
+                        bool first, const float* p, float* acc) {
   const int64_t width = values.chunks * kChunk, bytes = first && chunk == 0 ? values.prefetch_bytes : 0;
   F32x16 sum[R][C][2];
   acc += chunk * kChunk;
@@ -116,8 +116,8 @@ inline void value_block(const TileRows<T>& values, int64_t offset, int begin, in
 }
 
 template <int R, class T>
-inline void value_rows(const TileRows<T>& values, int64_t offset, int begin, int end, bool first, const float* p,
-                       float* acc) {
+inline void value_rows(const TileRows<T>& values, int64_t offset, int begin, int end, bool first,
+                       const float* p, float* acc) {
   constexpr int C = R >= kValueRows ? 1 : 2;
   int64_t c = 0;
   for (; c + C <= values.chunks; c += C) value_block<R, C>(values, offset, begin, end, c, first, p, acc);
@@ -133,8 +133,8 @@ struct Span {
 // rows.  Rows are taken together where they see the same keys of the step and one by one on the edges
 // of masks, so that no row ever multiplies a value it does not see.
 template <class T>
-inline void accumulate(int heads, int rows, const Span* spans, const TileRows<T>& values, int begin, int end, int step,
-                       const float* p, float* acc) {
+inline void accumulate(int heads, int rows, const Span* spans, const TileRows<T>& values, int begin, int end,
+                       int step, const float* p, float* acc) {
   const int64_t width = values.chunks * kChunk;
   for (int from = begin; from < end; from += step) {
     const int to = int(lesser(end, from + step));
@@ -166,10 +166,10 @@ inline void accumulate(int heads, int rows, const Span* spans, const TileRows<T>
 
 // How the raw scores of a row become logits.
 struct Logits {
-  float softcap;          // 0 = off
-  float slope;            // ALiBi
-  float distance;         // the row's position less the tile's first key
-  const float* missing;   // [kTile], 1 where the key has no page and 0 elsewhere; null if all have one
+  float softcap;         // 0 = off
+  float slope;           // ALiBi
+  float distance;        // the row's position less the tile's first key
+  const float* missing;  // [kTile], 1 where the key has no page and 0 elsewhere; null if all have one
 };
 
 // Turns the scores of [span.begin, span.end) into weights exp(s - m) in place; returns m and their sum l.

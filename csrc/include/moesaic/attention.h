@@ -19,8 +19,8 @@ struct PagedAttentionArgs {
   const void* q;  // [tokens, heads, k.dim], last stride 1
   DType q_dtype;
   int64_t q_token_stride, q_head_stride;
-  void* out;      // [tokens, heads, v.dim] contiguous, of q's dtype
-  float* lse;     // [tokens, heads] contiguous
+  void* out;   // [tokens, heads, v.dim] contiguous, of q's dtype
+  float* lse;  // [tokens, heads] contiguous
   PageCache k, v;
   int64_t tokens, heads, kv_heads, batch;
   int64_t num_blocks, block_size;

@@ -44,9 +44,9 @@ def _fake_attention(
 
 registry.define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-    "Tensor seq_lens, Tensor? cu_seqlens_q, float scale, bool causal, int window_left, int window_right, "
-    "float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? qq_mask, Tensor? k_scale, "
-    "Tensor? v_scale) -> (Tensor, Tensor)",
+    "Tensor seq_lens, Tensor? cu_seqlens_q, float scale, bool causal, int window_left, "
+    "int window_right, float softcap, Tensor? alibi_slopes, Tensor? sinks, Tensor? qq_mask, "
+    "Tensor? k_scale, Tensor? v_scale) -> (Tensor, Tensor)",
     room="attention",
     fake=_fake_attention,
 )

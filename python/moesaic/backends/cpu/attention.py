@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import registry
-from . import extension as _C
+from . import extension
 from ._dtypes import DTYPE, address
 
+_C: Any = extension  # imported only where the extension is there
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
