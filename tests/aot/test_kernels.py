@@ -10,7 +10,9 @@ import pytest
 import torch
 from moesaic.kernels.attention.paged_decode import paged_decode
 from moesaic.kernels.common.chip import SHARED_MEMORY, is_amd
-from moesaic.kernels.matmul import w4a16
+from moesaic.kernels.matmul import weight_only
+from moesaic.kernels.matmul.w4a16 import mxfp4_linear
+from moesaic.kernels.matmul.w8a16 import fp8_linear
 from moesaic.kernels.moe.topk import fused_topk
 
 from moesaic.testing import aot
@@ -34,7 +36,16 @@ def linear(dtype, tokens, k):
         x, bias = torch.empty(tokens, k, dtype=dtype), torch.empty(64, dtype=dtype)
         data = torch.empty(64, (k + 1) // 2, dtype=torch.uint8)
         scale = torch.empty(64, (k + 31) // 32, dtype=torch.uint8)
-        w4a16.mxfp4_linear(x, data, scale, bias, dtype)
+        mxfp4_linear(x, data, scale, bias, dtype)
+
+    return call
+
+
+def linear_fp8(dtype, tokens, k, block):
+    def call():
+        x, data = torch.empty(tokens, k, dtype=dtype), torch.empty(128, k, dtype=torch.uint8)
+        scale = torch.empty(128, 1 + k // 64)
+        fp8_linear(x, data, scale, None, dtype, element="e4m3fn", block=block)
 
     return call
 
@@ -57,8 +68,9 @@ def routing(experts, top_k, **kwargs):
     return lambda: fused_topk(torch.empty(4, experts), top_k, **kwargs)
 
 
-LINEAR, DECODE, TOPK = (
+LINEAR, LINEAR_FP8, DECODE, TOPK = (
     ("mxfp4_linear_kernel",),
+    ("fp8_linear_kernel",),
     ("paged_decode_kernel", "merge_splits_kernel"),
     ("fused_topk_kernel",),
 )
@@ -71,6 +83,9 @@ VARIANTS = {
         Variant("linear-bf16-300-odd-k", LINEAR, linear(BF16, 300, 129), aligned=False),
         Variant("linear-fp16-300", LINEAR, linear(FP16, 300, 2880)),
         Variant("linear-fp32-300", LINEAR, linear(FP32, 300, 2880)),
+        Variant("linear-fp8-bf16-1", LINEAR_FP8, linear_fp8(BF16, 1, 2880, (1, -1))),
+        Variant("linear-fp8-bf16-300", LINEAR_FP8, linear_fp8(BF16, 300, 2880, (128, 128))),
+        Variant("linear-fp8-fp32-300", LINEAR_FP8, linear_fp8(FP32, 300, 2880, (1, 128))),
         Variant("decode-bf16-64", DECODE, decode(BF16, BF16, 64, extras=False)),
         Variant("decode-bf16-128", DECODE, decode(BF16, BF16, 128)),
         Variant("decode-bf16-80-odd", DECODE, decode(BF16, BF16, 80, gap=1), aligned=False),
@@ -145,9 +160,9 @@ def test_dots_run_on_tensor_cores_and_loads_are_asynchronous(name, chip, reports
 
 
 @pytest.mark.parametrize("chip", aot.CHIPS)
-@pytest.mark.parametrize("dtype", w4a16.PLANES)
+@pytest.mark.parametrize("dtype", weight_only.PLANES)
 @pytest.mark.parametrize("aligned", [True, False])
 def test_number_of_tokens_changes_no_order_of_additions(chip, dtype, aligned):
-    plans = [w4a16.heuristic(tokens, dtype, aligned, chip) for tokens in range(1, 600)]
+    plans = [weight_only.heuristic(tokens, dtype, aligned, chip) for tokens in range(1, 600)]
     varying = {key for plan in plans for key in plan if plan[key] != plans[0][key]}
     assert varying <= {"BLOCK_M", "num_stages"}

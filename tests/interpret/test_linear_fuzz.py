@@ -1,10 +1,21 @@
-"""mxfp4_linear on random shapes and strides, under the guard, against the definition."""
+"""The weight-only linears on random shapes and strides, under the guard, against the definition."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from moesaic.kernels.matmul.w4a16 import mxfp4_linear
+from moesaic.kernels.matmul.w8a16 import fp8_linear
 
-from moesaic.formats import MXFP4, QuantTensor
+from moesaic.formats import (
+    FP8_BLOCK_1X128,
+    FP8_BLOCK_128X128,
+    FP8_ROW,
+    FP8_TENSOR,
+    MXFP4,
+    PRESETS,
+    QuantTensor,
+)
 from moesaic.reference.quant import dequantize
 from moesaic.testing import interpreter
 from moesaic.testing.interpreter import ORDERS, checked
@@ -14,6 +25,13 @@ from .shapes import Draw
 
 interpreter.install()
 
+FP8 = (
+    FP8_TENSOR,
+    FP8_ROW,
+    FP8_BLOCK_1X128,
+    FP8_BLOCK_128X128,
+    PRESETS["FP8_BLOCK_128X128_UE8M0"],
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -45,6 +63,40 @@ def test_random_shapes(seed):
     same_bits(f"first row, seed {seed}", first, out[:1])
     gold = x.double() @ weight(data, scale, n, k, torch.float64).T
     ref = x.float() @ weight(data, scale, n, k, torch.float32).T
+    if bias is not None:
+        gold, ref = gold + bias.double(), ref + bias.float()
+    within(f"seed {seed}", out, ref.to(out_dtype), gold, terms=k)
+
+
+def fp8_problem(draw, n, k):
+    """Bytes without NaN codes, and scales in the format's shape and dtype."""
+    fmt = replace(draw.pick(*FP8), element=draw.pick("e4m3fn", "e5m2"))
+    data = draw.bytes(n, k, high=0x7B) | (draw.bytes(n, k, high=1) << 7)
+    shape = fmt.scale_shape((n, k))
+    scale = draw.bytes(*shape, low=120, high=132)
+    if fmt.scale == "fp32":
+        scale = draw.normal(*shape).abs() + 0.1
+    return data, scale, fmt
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_fp8_shapes(seed):
+    draw = Draw(1000 + seed)
+    m, n = draw.pick(1, 2, 17, 70), draw.pick(1, 65, 130, 257)
+    k = draw.pick(1, 63, 64, 65, 128, 129, 200, 320)
+    dtype, out_dtype = draw.pick(*DTYPES), draw.pick(*DTYPES)
+    x = draw.strided(draw.normal(m, k).to(dtype))
+    data, scale, fmt = fp8_problem(draw, n, k)
+    bias = draw.pick(None, draw.normal(n).to(dtype))
+    how = {"element": fmt.element, "block": fmt.block}
+    codes = draw.strided(data)
+    with checked(draw.pick(*ORDERS), seed=seed):
+        out = fp8_linear(x, codes, draw.strided(scale), bias, out_dtype, **how)
+        first = fp8_linear(x[:1], codes, scale, bias, out_dtype, **how)
+    same_bits(f"first row, seed {seed}", first, out[:1])
+    weight = QuantTensor(data.view(fmt.data_dtype), scale, None, fmt, (n, k))
+    gold = x.double() @ dequantize(weight, torch.float64).T
+    ref = x.float() @ dequantize(weight, torch.float32).T
     if bias is not None:
         gold, ref = gold + bias.double(), ref + bias.float()
     within(f"seed {seed}", out, ref.to(out_dtype), gold, terms=k)

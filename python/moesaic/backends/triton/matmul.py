@@ -13,17 +13,24 @@ from ...reference import matmul as reference
 from ..reference.matmul import packed_weight
 from ._launch import FLOATS, on_its_device, short, why_not_device, why_not_floats
 
+_FP8 = ("e4m3fn", "e5m2")
+
 
 def _why_not_layout(layout: str) -> str | None:
     return None if layout == "plain" else f"the weight was packed as {layout!r}, not 'plain'"
 
 
 def _why_not_weight(format: str, shape: list[int]) -> str | None:
+    from ...kernels.matmul.weight_only import BLOCK_K
+
     if format.startswith("dense:"):
         return "no Triton kernel for dense weights"
     fmt = QuantFormat.from_string(format)
-    if (fmt.element, fmt.block, fmt.scale) != ("e2m1", (1, 32), "e8m0") or fmt.global_scale:
-        return f"no Triton kernel for {fmt.element} weights in blocks of {fmt.block}: MXFP4 only"
+    mxfp4 = (fmt.element, fmt.block, fmt.scale) == ("e2m1", (1, 32), "e8m0")
+    columns = fmt.block[1]
+    fp8 = fmt.element in _FP8 and (columns == -1 or columns % BLOCK_K == 0) and fmt.scale != "e4m3"
+    if not (mxfp4 or fp8) or fmt.global_scale:
+        return f"no Triton kernel for {fmt.element} weights in blocks of {fmt.block}"
     if len(shape) != 2:
         return "no Triton kernel for weights with leading dimensions"
     return None
@@ -61,10 +68,16 @@ def _why_not_linear(
 
 def _quant_linear(x: Tensor, data: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     from ...kernels.matmul.w4a16 import mxfp4_linear
+    from ...kernels.matmul.w8a16 import fp8_linear
 
+    fmt = QuantFormat.from_string(rest[3])
     bias, _, out_dtype = rest[-3:]
     rows = x.reshape(-1, x.shape[-1])
-    out = mxfp4_linear(rows, data, scale, bias, out_dtype)
+    if fmt.element in _FP8:
+        element, block = fmt.element, fmt.block
+        out = fp8_linear(rows, data, scale, bias, out_dtype, element=element, block=block)
+    else:
+        out = mxfp4_linear(rows, data, scale, bias, out_dtype)
     return out.view(*x.shape[:-1], data.shape[0])
 
 
