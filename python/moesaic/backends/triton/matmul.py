@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _quant_linear(x: Tensor, data: Tensor, scale: Tensor, *rest: Any) -> Tensor:
 
     fmt = QuantFormat.from_string(rest[3])
     bias, _, out_dtype = rest[-3:]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if fmt.element in _FP8:
         element, block = fmt.element, fmt.block
         out = fp8_linear(rows, data, scale, bias, out_dtype, element=element, block=block)
