@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -83,6 +84,7 @@ class _Launch:
     program: int = 0
     grid_index: tuple[int, int, int] = (0, 0, 0)
     accesses: int = 0
+    language: frozenset[str] = frozenset()  # modules of triton.language that are patched
 
     def fail(self, text: str) -> NoReturn:
         raise KernelError(f"{self.kernel}, program {self.grid_index}: {text}")
@@ -231,6 +233,7 @@ def install() -> None:
     _interpreter_numerics.patch()
     _patch_accesses()
     _patch_launch()
+    _patch_language()
     _installed = True
 
 
@@ -361,6 +364,28 @@ def _patch_launch() -> None:
         restore_args,
         run,
     )
+
+
+def _patch_language() -> None:
+    """The interpreter replaces Triton's builtins on every call of a device function, by searching
+    all of triton.language: a third of its time. Once a launch and module is enough."""
+    import triton.language as tl
+    from triton.runtime import interpreter as ti
+
+    patch = ti._patch_lang
+
+    @functools.cache
+    def modules(fn: Callable[..., Any]) -> frozenset[str]:
+        return frozenset(v.__name__ for v in fn.__globals__.values() if v is tl or v is tl.core)
+
+    def patch_lang(fn: Callable[..., Any]) -> Any:
+        if _launch and modules(fn) <= _launch.language:
+            return ti._LangPatchScope()
+        if _launch:
+            _launch.language |= modules(fn)
+        return patch(fn)
+
+    ti._patch_lang = patch_lang
 
 
 def _permutation(order: str, total: int, seed: int) -> np.ndarray:
