@@ -46,7 +46,7 @@ def decode_problem(draw, dtype, cache_dtype):
         used = -(-length // page)
         table[b, used:] = torch.iinfo(table.dtype).max
         if used and draw.chance(4):  # an evicted or broken page
-            table[b, draw.integer(0, used - 1)] = draw.pick(-1, -7, k.shape[0])
+            table[b, draw.integer(0, used - 1)] = draw.pick(-1, -7, k.shape[0], 2**31 - 1)
     return {
         "q": draw.strided(draw.normal(batch, heads * group, d).to(dtype)),
         "k_cache": k,
@@ -78,7 +78,7 @@ def widen(kwargs):
     return wide | floating
 
 
-@pytest.mark.parametrize("seed", range(70))
+@pytest.mark.parametrize("seed", range(50))
 def test_random_sequences(seed):
     draw = Draw(seed)
     dtype = draw.pick(*DTYPES)

@@ -48,7 +48,7 @@ def weight(data, scale, n, k, dtype):
     )
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_shapes(seed):
     draw = Draw(seed)
     m = draw.pick(1, 2, 3, 16, 17, 33, 70)
@@ -79,7 +79,7 @@ def fp8_problem(draw, n, k):
     return data, scale, fmt
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_fp8_shapes(seed):
     draw = Draw(1000 + seed)
     m, n = draw.pick(1, 2, 17, 70), draw.pick(1, 65, 130, 257)
