@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import importlib
+from typing import Any
 
 import torch  # noqa: F401  (before _C, so that both use the OpenMP runtime that torch loads)
 
+_C: Any
 try:
-    from ... import _C  # type: ignore[attr-defined]
+    _C = importlib.import_module("moesaic._C")
 except ModuleNotFoundError as error:  # not built; any other failure of the import is a defect
     if error.name != "moesaic._C":
         raise
     _C = None
 
-extension: ModuleType | None = _C
+#: The module moesaic._C, or None.
+extension: Any = _C
 
 
 def describe() -> str:
