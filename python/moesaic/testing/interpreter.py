@@ -220,14 +220,15 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            "interpreter: TRITON_INTERPRET: expected '1' from the start of the process, got unset"
-        )
-    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
 
-    if not triton.knobs.runtime.interpret:
-        raise RuntimeError("interpreter: TRITON_INTERPRET was set after triton had been imported")
+    # The variable is read when a function is decorated, so Triton's own functions tell.
+    if os.environ.get("TRITON_INTERPRET") != "1" or not isinstance(tl.cdiv, InterpretedFunction):
+        raise RuntimeError(
+            "interpreter: TRITON_INTERPRET: expected '1' before Triton is first imported, got "
+            f"{os.environ.get('TRITON_INTERPRET')!r} now and something else or nothing then"
+        )
     from moesaic.testing import _interpreter_numerics
 
     _interpreter_numerics.patch()

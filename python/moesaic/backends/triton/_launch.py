@@ -50,12 +50,19 @@ def why_not_floats(*tensors: Tensor | None) -> str | None:
 
 
 def on_its_device(call: Callable[..., Result]) -> Callable[..., Result]:
-    """Make the device of a row's first argument current: Triton launches on the current one."""
+    """Make the device of a row's first argument current: Triton launches on the current one.
+
+    On the CPU, Triton's interpreter runs; see moesaic.testing.interpreter.
+    """
 
     @functools.wraps(call)
     def run(*args: Any) -> Result:
         device = args[0].device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
+        if device.type == "cpu":  # Triton's own interpreter computes bf16 and fp8 wrongly
+            from ...testing import interpreter
+
+            interpreter.install()
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
             return call(*args)
         with torch.cuda.device(device):
             return call(*args)
