@@ -96,16 +96,16 @@ inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
 }
 // E4M3 through fp16: the code's exponent and mantissa moved into place give value / 256, exactly and
 // for subnormals too.  A NaN code gives +-1.875, which the packed weight's poison makes good.
-inline float e4m3_to_float(uint8_t c) { return half_to_float(uint16_t((c & 0x80) << 8 | (c & 0x7f) << 7)); }
+inline float e4m3_over_256(uint8_t c) { return half_to_float(uint16_t((c & 0x80) << 8 | (c & 0x7f) << 7)); }
 // E4M3 and E5M2: 32 bytes, 2 k of 16 outputs.
 inline void decode_e4m3(const uint8_t* p, F32x16& k0, F32x16& k1) {
-  for (int i = 0; i < 16; ++i) k0.v[i] = e4m3_to_float(p[2 * i]), k1.v[i] = e4m3_to_float(p[2 * i + 1]);
+  for (int i = 0; i < 16; ++i) k0.v[i] = e4m3_over_256(p[2 * i]), k1.v[i] = e4m3_over_256(p[2 * i + 1]);
 }
 inline void decode_e5m2(const uint8_t* p, F32x16& k0, F32x16& k1) {
   for (int i = 0; i < 16; ++i) k0.v[i] = half_to_float(uint16_t(p[2 * i] << 8)), k1.v[i] = half_to_float(uint16_t(p[2 * i + 1] << 8));
 }
 // 16 consecutive E4M3 codes: value / 256.
-inline F32x16 load_e4m3(const uint8_t* p) { MOESAIC_LANES(F32x16, e4m3_to_float(p[i])); }
+inline F32x16 load_e4m3(const uint8_t* p) { MOESAIC_LANES(F32x16, e4m3_over_256(p[i])); }
 
 // 32 bf16 at once without a shuffle: element 2i to lane i of even, 2i + 1 to lane i of odd; and back.
 inline void load_bf16_pairs(const uint16_t* p, F32x16& even, F32x16& odd) {
