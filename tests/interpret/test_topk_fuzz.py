@@ -99,6 +99,13 @@ def test_all_experts_of_4096_once_each():
     assert torch.equal(ids.long(), want)
 
 
+def test_sqrtsoftplus_keeps_its_digits_where_softplus_underflows():
+    x = torch.tensor([[-100.0, -120.0, -200.0]])
+    with checked():
+        weights, _ = fused_topk(x, 2, scoring_func="sqrtsoftplus")
+    torch.testing.assert_close(weights, torch.exp(x[:, :2] / 2), rtol=1e-5, atol=0.0)
+
+
 def test_no_tokens():
     weights, ids = fused_topk(torch.empty(0, 8), 2, scoring_func="softmax")
     assert weights.shape == ids.shape == (0, 2)
