@@ -364,7 +364,10 @@ def _rules(
         by_row = global_scale.ndim > 1 and global_scale.shape[-2] != 1
     if by_row and format.block[0] != 1:
         _check.fail(
-            op, "global_scale", f"one per matrix for blocks of {format.block[0]} rows", "one per row"
+            op,
+            "global_scale",
+            f"one per matrix for blocks of {format.block[0]} rows",
+            "one per row",
         )
     by_row = by_row and global_scale is None
     eps = _check.number(op, "eps", eps)

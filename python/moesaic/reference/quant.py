@@ -330,7 +330,7 @@ def global_scale_of(amax: Tensor, format: QuantFormat) -> Tensor:
 def block_scale(
     amax: Tensor, global_scale: Tensor | None, format: QuantFormat, divisor: float
 ) -> Tensor:
-    """Stored scales of blocks with this (bounded) amax; ``divisor`` is the element value that amax maps to."""
+    """Stored scales of blocks with this (bounded) amax, which maps to element value ``divisor``."""
     if format.scale_rule != "exact":
         code = torch.where(amax == 0, 127, _power_of_two_code(amax, format)).to(torch.uint8)
         return code if format.scale == "e8m0" else _scale_values(code)

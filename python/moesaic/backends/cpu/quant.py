@@ -1,4 +1,4 @@
-"""Rows of the cpu backend: quant.  Codes and scales in C++; norms and gates of the producers in torch."""
+"""Rows of the cpu backend: quant.  Codes and scales in C++; the producers' norms in torch."""
 
 from __future__ import annotations
 
@@ -123,7 +123,9 @@ def _quantize(
     return data, out_scale, computed
 
 
-def _why_not_dequantize(data: Tensor, scale: Tensor, top: Tensor | None, spec: str, *rest: Any) -> str | None:
+def _why_not_dequantize(
+    data: Tensor, scale: Tensor, global_scale: Tensor | None, spec: str, *rest: Any
+) -> str | None:
     if data.device.type != "cpu":
         return f"q is on {data.device}"
     if rest[-1] == torch.float64:
@@ -154,11 +156,10 @@ def _rms_norm_quantize(
     *rules: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     hidden, norm = _reference.rms_norm(x, weight, residual, norm_eps)
-    absent = x.new_empty(0)
     return (
         *_quantize(norm, *rules),
-        absent if residual is None else hidden,
-        norm if return_norm else absent,
+        x.new_empty(0) if residual is None else hidden,
+        norm if return_norm else x.new_empty(0),
     )
 
 
