@@ -91,7 +91,7 @@ inline float e8m0_to_float(uint8_t code) {
 }
 
 // E4M3 scales one at a time, by the arithmetic of encode and decode; x in [2^-9, 448].
-inline uint8_t float_to_e4m3(float x) {
+inline uint8_t float_to_e4m3_scale(float x) {
   constexpr uint32_t min_exponent = 121u << 23;
   const uint32_t own = float_bits(x) & 0x7f800000;
   const uint32_t exponent = own < min_exponent ? min_exponent : own;
@@ -99,7 +99,7 @@ inline uint8_t float_to_e4m3(float x) {
   return uint8_t(float_bits(x + bits_float(magic)) - magic + ((exponent - min_exponent) >> 20));
 }
 
-inline float e4m3_to_float(uint8_t code) {
+inline float e4m3_scale_to_float(uint8_t code) {
   const uint32_t magnitude = code & 0x7f;
   float value = magnitude == 0x7f ? bits_float(0x7fc00000)
                 : magnitude < 8   ? float(magnitude) * 0x1p-9f
@@ -110,7 +110,7 @@ inline float e4m3_to_float(uint8_t code) {
 inline float load_scale(const BlockFormat& f, const void* scale, int64_t i) {
   switch (f.scale_type) {
     case ScaleType::kE8M0: return e8m0_to_float(static_cast<const uint8_t*>(scale)[i]);
-    case ScaleType::kE4M3: return e4m3_to_float(static_cast<const uint8_t*>(scale)[i]);
+    case ScaleType::kE4M3: return e4m3_scale_to_float(static_cast<const uint8_t*>(scale)[i]);
     default: return static_cast<const float*>(scale)[i];
   }
 }
@@ -151,9 +151,9 @@ inline float make_scale(const BlockFormat& f, float amax, const float* global, v
   }
   if (global) value = value / *global;
   value = amax == 0.0f ? 1.0f : value < 0x1p-9f ? 0x1p-9f : value > 448.0f ? 448.0f : value;
-  const uint8_t code = float_to_e4m3(value);
+  const uint8_t code = float_to_e4m3_scale(value);
   static_cast<uint8_t*>(scale)[i] = code;
-  return e4m3_to_float(code);
+  return e4m3_scale_to_float(code);
 }
 
 }  // namespace
