@@ -97,8 +97,8 @@ struct GemmTask {
   float* acc;  // [panel1 - panel0][rows of the range][16], 64-byte aligned; overwritten
 };
 
-// A task is best a few panels and at most kTaskRows rows: with one row block the weights
-// are decoded in registers, else a chunk of the activations stays in L2 while the panels take turns.
+// A task is best a few panels and at most kTaskRows rows: with a single row block the weights are decoded in
+// registers, else a chunk of the activations stays in L2 while the panels take turns.
 constexpr int64_t kTaskRows = 192;
 
 namespace MOESAIC_ISA {

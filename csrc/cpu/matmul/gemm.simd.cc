@@ -240,11 +240,18 @@ struct Tiles {
   }
 };
 
+// Most rows that stream keeps in registers beside what decoding needs: two accumulators each on AVX2.
+#if MOESAIC_ISA_AVX2
+constexpr int64_t kStreamRows = 5;
+#else
+constexpr int64_t kStreamRows = kTileRows;
+#endif
+
 template <DType element>
 void gemm_of(const GemmTask& task) {
   const int64_t row0 = block_begin(task.rows, task.block0), rows = block_begin(task.rows, task.block1) - row0;
   const float* a = task.a + row0 * padded_k(task.weight->k);
-  switch (task.block1 - task.block0 == 1 ? rows : 0) {
+  switch (task.block1 - task.block0 == 1 && rows <= kStreamRows ? rows : 0) {
     case 1: return stream_panels<element, 1, 2>(task, a);
     case 2: return stream_panels<element, 2, 2>(task, a);
     case 3: return stream_panels<element, 3, 1>(task, a);
