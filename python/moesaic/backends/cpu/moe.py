@@ -10,9 +10,10 @@ from torch import Tensor
 from ... import registry
 from ...formats import PackedWeight, QuantTensor
 from ...ops import _weights
-from . import extension as _C
-from . import matmul
+from . import extension, matmul
 from ._dtypes import DTYPE, address
+
+_C: Any = extension
 
 # The values of the enums in csrc/include/moesaic/moe.h.
 _SCORING = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2, "none": 3}
@@ -114,7 +115,7 @@ def _fused_experts(x: Tensor, *args: Any) -> Tensor:
     _C.fused_experts(
         matmul.matrix(w13), matmul.matrix(w2), x.data_ptr(), DTYPE[x.dtype], x.stride(0),
         x.shape[0],
-        ids.shape[1], topk_weights.data_ptr(), ids.data_ptr(), address(expert_map),
+        ids.shape[1], address(topk_weights), ids.data_ptr(), address(expert_map),
         0 if expert_map is None else expert_map.shape[0], num_identity, address(w13_bias),
         address(w2_bias), _ACTIVATION[activation], 1.0 if alpha is None else alpha,
         float("inf") if limit is None else limit, interleaved, on_input, out.data_ptr(),

@@ -86,7 +86,7 @@ def fused_experts(
         out = out + torch.where(ids[:, j, None] >= 0, term, 0.0)
         if num_identity_experts:
             out = out + torch.where(identity[:, j, None], w * x, 0.0)
-    if shared_w13 is not None:
+    if shared_w13 is not None and shared_w2 is not None:
         first = torch.zeros(tokens, dtype=torch.long, device=x.device)
         shared = mlp(x, shared_w13[None], shared_w2[None], first)
         if shared_gate is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class Activation:
     limit of None: no clamp).
     """
 
-    call: Callable[[Tensor, Tensor | None, float, float | None], Tensor]
+    call: Callable[..., Tensor]
     gated: bool = True
     alpha: float | None = None
     limit: float | None = None
@@ -183,10 +184,10 @@ def grouped_mm(
     """
     experts = weight_shape(weight)[0]
     work = work_dtype(a, weight, bias)
-    if offs is not None:
+    if offs is None:
+        ids = cast(Tensor, expert_ids).long()
+    else:
         places = torch.arange(a.shape[0], device=a.device)
         ids = (places[:, None] >= offs.long()).long().cumprod(1).sum(1)
-    else:
-        ids = expert_ids.long()
     ids = torch.where((ids >= 0) & (ids < experts), ids, -1)
     return grouped_rows(a.to(work), weight, ids, bias, transposed).to(out_dtype or a.dtype)
