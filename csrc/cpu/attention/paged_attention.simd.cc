@@ -23,9 +23,9 @@ constexpr int64_t kRowsInPlace = 8;         // up to this many rows, converting 
 constexpr int64_t kFar = int64_t(1) << 60;  // beyond every position; sums of three stay in range
 constexpr int64_t kMaxStateBytes = int64_t(256) << 20;
 constexpr int64_t kTasksPerThread = 8;
-constexpr int kAhead = 16;  // most keys to prefetch ahead
-constexpr int64_t kAheadBytes = 8 << 10;
-constexpr int kStep = 16;  // keys that rows share while they are in the L1 cache
+constexpr int kAhead = 16;                 // most keys to prefetch ahead, ...
+constexpr int64_t kAheadBytes = 16 << 10;  // ... or fewer, to this much memory
+constexpr int kStep = 16;                  // keys that rows share while they are in the L1 cache
 
 // A sequence as planned: which rows of q, which keys, which tasks.
 struct Sequence {
@@ -96,7 +96,7 @@ struct Workspace {
 
   explicit Workspace(const Call& c) {
     const int64_t floats =
-        kRows * (c.k_width + 2 * c.v_width + kTile + 4) + kTile * (c.k_width + c.v_width + 1);
+        kRows * (c.k_width + 2 * c.v_width + kWeights + 4) + kTile * (c.k_width + c.v_width + 1);
     const int64_t pointers = 2 * (kTile + kAhead);
     float* p = static_cast<float*>(thread_scratch(Scratch::kAttention, size_t(4 * floats + 8 * pointers)));
     keys = reinterpret_cast<const void**>(p);
@@ -105,7 +105,7 @@ struct Workspace {
     q = p, p += kRows * c.k_width;
     acc = p, p += kRows * c.v_width;
     tile_acc = p, p += kRows * c.v_width;
-    weights = p, p += kRows * kTile;
+    weights = p, p += kRows * kWeights;
     k_tile = p, p += kTile * c.k_width;
     v_tile = p, p += kTile * c.v_width;
     missing = p, p += kTile;
@@ -184,7 +184,8 @@ struct Task {
   TileRows<float> converted(const PageCache& cache, const void** row, int begin, int end, float* tile) const {
     const int64_t width = chunks_of(cache.dim) * kChunk;
     for (int t = begin; t < end; ++t) {
-      if (cache.dim_stride == 1) prefetch_row(row[t + kAhead], cache.dim * int64_t(sizeof(T)));
+      if (cache.dim_stride == 1)
+        prefetch_row(static_cast<const T*>(row[t + kAhead]), 0, cache.dim * int64_t(sizeof(T)));
       if (!row[t]) continue;
       widen_row(static_cast<const T*>(row[t]), cache.dim_stride, cache.dim, tile + t * width);
       row[t] = tile + t * width;
@@ -222,7 +223,7 @@ struct Task {
       if (span.begin == span.end) continue;
       Logits f{a.softcap, 0.0f, float(position(r) - tile * kTile), holes ? work.missing : nullptr};
       if (a.alibi_slopes) f.slope = a.alibi_slopes[sequence.index * a.alibi_batch_stride + head(r)];
-      softmax(work.weights + r * kTile, span, f, out[r].m, out[r].l);
+      softmax(work.weights + r * kWeights, span, f, out[r].m, out[r].l);
     }
     const int v_step = heads > 1 ? kStep / 2 : kStep;
     if (call.in_place(a.v, rows))

@@ -11,6 +11,8 @@ namespace moesaic::MOESAIC_ISA {
 namespace {
 
 constexpr int kTile = 256;
+// Floats between the weights of two rows: not a power of 2, so that rows do not share cache sets.
+constexpr int kWeights = kTile + 16;
 // Query rows whose accumulators stay in registers.
 constexpr int kScoreRows = kVectors >= 8 ? 4 : 2;
 constexpr int kValueRows = kVectors >= 16 ? 4 : 2;
@@ -25,17 +27,21 @@ struct TileRows {
   int ahead;               // how many keys ahead to prefetch; row[] reaches that far past the tile
 };
 
-inline void prefetch_row(const void* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+// A hint for `bytes` of the row, from element `offset` on; nothing where there is no page.
+template <class T>
+inline void prefetch_row(const T* row, int64_t offset, int64_t bytes) {
+  if (!row) return;
+  const char* from = reinterpret_cast<const char*>(row + offset);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// s[r * kTile + t] = q[r] . keys[t] for t in [begin, end).
+// s[r * kWeights + t] = q[r] . keys[t] for t in [begin, end).
 template <int R, class T>
 inline void score_block(const TileRows<T>& keys, int64_t offset, int begin, int end, bool first,
                         const float* q, float* s) {
   const int64_t width = keys.chunks * kChunk, bytes = first ? keys.prefetch_bytes : 0;
   for (int t = begin; t < end; ++t) {
-    if (bytes) prefetch_row(keys.row[t + keys.ahead] + offset, bytes);
+    if (bytes) prefetch_row(keys.row[t + keys.ahead], offset, bytes);
     if (!keys.row[t]) continue;
     const T* key = keys.row[t] + offset;
     F32x16 acc[R];
@@ -49,8 +55,11 @@ inline void score_block(const TileRows<T>& keys, int64_t offset, int begin, int 
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r] = fma(b, load(q + r * width + c + 16), acc[r]);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) s[r * kTile + t] = reduce_add(acc[r]);
+    if constexpr (R == 4) {
+      reduce_add4(acc[0], acc[1], acc[2], acc[3], s + t, kWeights);
+    } else {
+      for (int r = 0; r < R; ++r) s[r * kWeights + t] = reduce_add(acc[r]);
+    }
   }
 }
 
@@ -67,7 +76,7 @@ inline void scores(int heads, int rows, const TileRows<T>& keys, int begin, int 
       const int64_t offset = h * keys.head_stride;
       for (int r = 0; r < rows; r += kScoreRows) {
         const float* qr = q + (h * rows + r) * width;
-        float* sr = s + (h * rows + r) * kTile;
+        float* sr = s + (h * rows + r) * kWeights;
         switch (rows - r) {
           case 1: score_block<1>(keys, offset, t, stop, !r, qr, sr); break;
           case 2: score_block<2>(keys, offset, t, stop, !r, qr, sr); break;
@@ -92,7 +101,7 @@ inline void value_block(const TileRows<T>& values, int64_t offset, int begin, in
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) load_chunk(acc + r * width + c * kChunk, sum[r][c][0], sum[r][c][1]);
   for (int t = begin; t < end; ++t) {
-    if (bytes) prefetch_row(values.row[t + values.ahead] + offset, bytes);
+    if (bytes) prefetch_row(values.row[t + values.ahead], offset, bytes);
     if (!values.row[t]) continue;
 #pragma GCC unroll 2
     for (int c = 0; c < C; ++c) {
@@ -100,7 +109,7 @@ inline void value_block(const TileRows<T>& values, int64_t offset, int begin, in
       load_chunk(values.row[t] + offset + c * kChunk, a, b);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const F32x16 weight = set1(p[r * kTile + t]);
+        const F32x16 weight = set1(p[r * kWeights + t]);
         sum[r][c][0] = fma(weight, a, sum[r][c][0]);
         sum[r][c][1] = fma(weight, b, sum[r][c][1]);
       }
@@ -146,7 +155,7 @@ inline void accumulate(int heads, int rows, const Span* spans, const TileRows<T>
         while (together < kValueRows && r + together < rows && span[together].begin <= from &&
                span[together].end >= to)
           ++together;
-        const float* pr = p + (h * rows + r) * kTile;
+        const float* pr = p + (h * rows + r) * kWeights;
         float* ar = acc + (h * rows + r) * width;
         if (together == kValueRows) {
           value_rows<kValueRows>(values, offset, from, to, !r, pr, ar);

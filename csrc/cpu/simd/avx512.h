@@ -154,6 +154,23 @@ inline float reduce_add(F32x16 a) {
   const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
 }
+// Lanes i + 8.
+inline __m256 fold_halves(F32x16 a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+}
+inline void reduce_add4(F32x16 a, F32x16 b, F32x16 c, F32x16 d, float* out, int64_t stride) {
+  const __m256 a8 = fold_halves(a), b8 = fold_halves(b), c8 = fold_halves(c), d8 = fold_halves(d);
+  // Lanes i + 4, then i + 2, then i + 1; the two halves of a register carry two of the sums.
+  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a8, b8, 0x20), _mm256_permute2f128_ps(a8, b8, 0x31));
+  const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c8, d8, 0x20), _mm256_permute2f128_ps(c8, d8, 0x31));
+  const __m256 s2 = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const __m256 s1 = _mm256_add_ps(s2, _mm256_movehdup_ps(s2));  // a and c in lanes 0, 2; b and d in 4, 6
+  const __m128 ac = _mm256_castps256_ps128(s1), bd = _mm256_extractf128_ps(s1, 1);
+  _mm_store_ss(out, ac);
+  _mm_store_ss(out + stride, bd);
+  _mm_store_ss(out + 2 * stride, _mm_movehl_ps(ac, ac));
+  _mm_store_ss(out + 3 * stride, _mm_movehl_ps(bd, bd));
+}
 inline float reduce_max(F32x16 a) {
   const __m256 s8 = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 s4 = _mm_max_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));

@@ -197,6 +197,9 @@ inline float reduce_add(F32x16 a) {
   return vget_lane_f32(s2, 0) + vget_lane_f32(s2, 1);
 }
 inline float greater(float a, float b) { return a > b ? a : b; }
+inline void reduce_add4(F32x16 a, F32x16 b, F32x16 c, F32x16 d, float* out, int64_t stride) {
+  out[0] = reduce_add(a), out[stride] = reduce_add(b), out[2 * stride] = reduce_add(c), out[3 * stride] = reduce_add(d);
+}
 inline float reduce_max(F32x16 a) {
   float v[16];
   store(v, a);

@@ -120,6 +120,10 @@ inline float reduce_add(F32x16 a) {
     for (int i = 0; i < w; ++i) a.v[i] = a.v[i] + a.v[i + w];
   return a.v[0];
 }
+// reduce_add of four vectors, to out[0], out[1 * stride], ...
+inline void reduce_add4(F32x16 a, F32x16 b, F32x16 c, F32x16 d, float* out, int64_t stride) {
+  out[0] = reduce_add(a), out[stride] = reduce_add(b), out[2 * stride] = reduce_add(c), out[3 * stride] = reduce_add(d);
+}
 inline float reduce_max(F32x16 a) {
   for (int w = 8; w; w /= 2)
     for (int i = 0; i < w; ++i) a.v[i] = a.v[i] > a.v[i + w] ? a.v[i] : a.v[i + w];
