@@ -13,6 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from .demo import add_arguments as demo_flags
+from .demo import run as run_demo
+
 
 def _env(args: argparse.Namespace) -> int:
     """Print what a bug report needs: versions, CPU, backends, settings."""
@@ -109,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="compare the kernels with the reference (< 60 s)")
     check.add_argument("--seconds", type=float, default=60.0, help="time limit (default 60)")
     check.set_defaults(run=_check)
+    demo = commands.add_parser("demo", help="a real language model on moesaic, beside the stock one")
+    demo_flags(demo)
+    demo.set_defaults(run=run_demo)
     bench = commands.add_parser("bench", help="measure the kernels beside roofs and rivals")
     bench.add_argument("rooms", nargs="*", help="quant matmul moe attention (default: all)")
     bench.add_argument("--quick", action="store_true", help="a third of the time per variant")
