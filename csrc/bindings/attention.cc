@@ -24,9 +24,9 @@ void paged_attention(Address q, int q_dtype, int64_t tokens, int64_t heads, int6
                      int64_t q_head_stride, Address out, Address lse, const Pages& k, const Pages& v,
                      int64_t kv_heads, int64_t num_blocks, int64_t block_size, Address block_table,
                      bool table_is_int64, int64_t batch, int64_t max_blocks, int64_t table_stride,
-                     Address seq_lens, Address cu_seqlens_q, double scale, bool causal, int64_t window_left,
-                     int64_t window_right, double softcap, Address alibi_slopes, int64_t alibi_batch_stride,
-                     Address sinks, int threads) {
+                     Address seq_lens, bool lens_are_int64, Address cu_seqlens_q, bool cu_is_int64,
+                     double scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+                     Address alibi_slopes, int64_t alibi_batch_stride, Address sinks, int threads) {
   PagedAttentionArgs a{};
   a.q = pointer<const void>(q);
   a.q_dtype = static_cast<DType>(q_dtype);
@@ -46,8 +46,10 @@ void paged_attention(Address q, int q_dtype, int64_t tokens, int64_t heads, int6
   a.batch = batch;
   a.max_blocks = max_blocks;
   a.table_stride = table_stride;
-  a.seq_lens = pointer<const int64_t>(seq_lens);
-  a.cu_seqlens_q = pointer<const int64_t>(cu_seqlens_q);
+  a.seq_lens = pointer<const void>(seq_lens);
+  a.lens_are_int64 = lens_are_int64;
+  a.cu_seqlens_q = pointer<const void>(cu_seqlens_q);
+  a.cu_is_int64 = cu_is_int64;
   a.scale = static_cast<float>(scale);
   a.causal = causal;
   a.window_left = window_left;

@@ -159,8 +159,8 @@ void digest_moe() {
       const ScaleKind kind = element == DType::kE2M1 ? ScaleKind::kE8M0 : ScaleKind::kNone;
       std::vector<float> out(size_t(tokens * hidden));
       FusedExpertsArgs args{};
-      args.w13 = {element, kind,         experts,       rows,    hidden,  kind == ScaleKind::kNone ? 128 : 32, 1,
-                  1.0f,    codes.data(), scales.data(), nullptr, nullptr};
+      args.w13 = {element, kind, experts,      rows,          hidden,  kind == ScaleKind::kNone ? 128 : 32,
+                  1,       1.0f, codes.data(), scales.data(), nullptr, nullptr};
       args.w2 = args.w13;
       args.w2.n = hidden;
       args.w2.k = inner;
@@ -230,6 +230,7 @@ void digest_attention(const char* name, DType dtype, int64_t dim) {
   a.table_stride = a.max_blocks = 42;
   a.seq_lens = lengths;
   a.cu_seqlens_q = rows;
+  a.lens_are_int64 = a.cu_is_int64 = true;
   a.scale = 0.2f;
   a.causal = true;
   a.window_left = 400;

@@ -27,6 +27,10 @@ constexpr int kAhead = 16;                 // most keys to prefetch ahead, ...
 constexpr int64_t kAheadBytes = 16 << 10;  // ... or fewer, to this much memory
 constexpr int kStep = 16;                  // keys that rows share while they are in the L1 cache
 
+int64_t index_at(const void* indices, bool are_int64, int64_t i) {
+  return are_int64 ? static_cast<const int64_t*>(indices)[i] : static_cast<const int32_t*>(indices)[i];
+}
+
 // A sequence as planned: which rows of q, which keys, which tasks.
 struct Sequence {
   int64_t index;               // in the batch
@@ -147,8 +151,7 @@ struct Task {
     for (int t = begin; t < end;) {
       const int64_t key = tile * kTile + t, column = key / a.block_size, slot = key % a.block_size;
       const int64_t entry = sequence.index * a.table_stride + column;
-      const int64_t block = a.table_is_int64 ? static_cast<const int64_t*>(a.block_table)[entry]
-                                             : static_cast<const int32_t*>(a.block_table)[entry];
+      const int64_t block = index_at(a.block_table, a.table_is_int64, entry);
       const int stop = int(lesser(end, t + (a.block_size - slot)));
       if (block < 0 || block >= a.num_blocks) {
         if (!holes) std::memset(work.missing, 0, 4 * kTile);
@@ -313,9 +316,10 @@ Plan plan(const Call& c) {
   const int64_t capacity = a.max_blocks > kFar / a.block_size ? kFar : a.max_blocks * a.block_size;
   int64_t row = 0;
   for (int64_t b = 0; b < a.batch; ++b) {
-    const int64_t begin = a.cu_seqlens_q ? clamp(a.cu_seqlens_q[b], 0, a.tokens) : b;
-    const int64_t end = a.cu_seqlens_q ? clamp(a.cu_seqlens_q[b + 1], 0, a.tokens) : b + 1;
-    const int64_t length = lesser(a.seq_lens[b], kFar);
+    const int64_t begin = a.cu_seqlens_q ? clamp(index_at(a.cu_seqlens_q, a.cu_is_int64, b), 0, a.tokens) : b;
+    const int64_t end =
+        a.cu_seqlens_q ? clamp(index_at(a.cu_seqlens_q, a.cu_is_int64, b + 1), 0, a.tokens) : b + 1;
+    const int64_t length = lesser(index_at(a.seq_lens, a.lens_are_int64, b), kFar);
     if (begin < row || end <= begin || length <= 0) continue;
     row = end;
     Sequence s{b, begin, end - begin, length, lesser(length, capacity), 0, 0, 0, 0, 0, 0, 0, -1};

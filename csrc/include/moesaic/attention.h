@@ -27,8 +27,9 @@ struct PagedAttentionArgs {
   const void* block_table;  // [batch, max_blocks], int32 or int64, last stride 1
   bool table_is_int64;
   int64_t table_stride, max_blocks;
-  const int64_t* seq_lens;      // [batch]
-  const int64_t* cu_seqlens_q;  // [batch + 1], or null: one row for each sequence
+  const void* seq_lens;      // [batch], int32 or int64
+  const void* cu_seqlens_q;  // [batch + 1], or null: one row for each sequence
+  bool lens_are_int64, cu_is_int64;
   float scale;
   bool causal;
   int64_t window_left, window_right;  // inclusive counts, below 0 = no limit

@@ -93,9 +93,8 @@ def _pages(op: str, k_cache: Any, v_cache: Any, layout: str, like: Tensor) -> tu
     _check.tensor(op, "v_cache", v_cache, shape=shape, dtypes=CACHES, like=like)
     if layout == "HND":
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    for name, size in (("block_size", k_cache.shape[1]), ("heads", k_cache.shape[2])):
-        if size < 1:
-            _check.fail(op, "k_cache", f"at least 1 for {name}", _check.describe(k_cache))
+    if not (k_cache.shape[1] and k_cache.shape[2]):
+        _check.fail(op, "k_cache", "at least one slot and one head", _check.describe(k_cache))
     return k_cache, v_cache
 
 

@@ -71,16 +71,17 @@ def paged_attention(
     out = q.new_empty(tokens, heads, v_cache.shape[3])
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     q, block_table = _rows(q), _rows(block_table)
-    seq_lens = seq_lens.to(torch.int64).contiguous()
-    cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int64).contiguous()
+    seq_lens = seq_lens.contiguous()
+    cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
     slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     _C.paged_attention(
         address(q), DTYPE[q.dtype], tokens, heads, q.stride(0), q.stride(1), address(out),
         address(lse), _pages(k_cache), _pages(v_cache), kv_heads, num_blocks, block_size,
         address(block_table), block_table.dtype == torch.int64, batch, max_blocks,
-        block_table.stride(0), address(seq_lens), address(cu_seqlens_q), scale, causal,
-        window_left, window_right, softcap, address(slopes),
+        block_table.stride(0), address(seq_lens), seq_lens.dtype == torch.int64,
+        address(cu_seqlens_q), cu_seqlens_q is not None and cu_seqlens_q.dtype == torch.int64,
+        scale, causal, window_left, window_right, softcap, address(slopes),
         heads if slopes is not None and slopes.ndim == 2 else 0, address(sinks),
         torch.get_num_threads(),
     )  # fmt: skip
