@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="compare the kernels with the reference (< 60 s)")
     check.add_argument("--seconds", type=float, default=60.0, help="time limit (default 60)")
     check.set_defaults(run=_check)
-    demo = commands.add_parser("demo", help="a real language model on moesaic, beside the stock one")
+    demo = commands.add_parser("demo", help="a real language model on moesaic and off it")
     demo_flags(demo)
     demo.set_defaults(run=run_demo)
     bench = commands.add_parser("bench", help="measure the kernels beside roofs and rivals")

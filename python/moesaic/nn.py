@@ -8,7 +8,7 @@ them), so it means the same everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,8 @@ class QuantLinear(_PackedModule):
     :func:`moesaic.quant_linear`.
     """
 
+    bias: Tensor | None
+
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, format: QuantFormat | None = None,
         activation: str | QuantFormat | None = None,
@@ -163,6 +165,9 @@ class FusedMoE(_PackedModule):
     routing: further arguments of :func:`moesaic.fused_topk`, ``renormalize=True`` for example.
     activation: see :func:`moesaic.fused_experts`.
     """
+
+    router_weight: Tensor
+    router_bias: Tensor | None
 
     def __init__(
         self, w13: Tensor, w2: Tensor, router_weight: Tensor, router_bias: Tensor | None = None, *,
@@ -201,6 +206,8 @@ class PagedAttention(nn.Module):
     scale, causal, window, softcap, sinks: see :func:`moesaic.paged_attention`.
     """
 
+    sinks: Tensor | None
+
     def __init__(
         self, *, scale: float | None = None, causal: bool = True,
         window: tuple[int, int] = (-1, -1), softcap: float = 0.0, sinks: Tensor | None = None,
@@ -215,8 +222,9 @@ class PagedAttention(nn.Module):
         """q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv] of the step's new tokens, and the layer's
         pages (``cache.k[i]``, ``cache.v[i]``): [T, H, Dv]."""
         reshape_and_cache(k, v, k_cache, v_cache, step.slot_mapping)
-        return paged_attention(
+        out = paged_attention(
             q, k_cache, v_cache, step.block_table, step.seq_lens, cu_seqlens_q=step.cu_seqlens_q,
             scale=self.scale, causal=self.causal, window=self.window, softcap=self.softcap,
             sinks=self.sinks,
         )  # fmt: skip
+        return cast(Tensor, out)  # no LSE was asked for

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from .errors import DemoError
 from .runtime import decode, paged_cache, prefill
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .types import Model, Tokenizer
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: str, prompt: str,
+    model: Model, tokenizer: Tokenizer, weights: str, prompt: str,
     max_new_tokens: int,
 ) -> None:  # fmt: skip
     """Print the model's greedy answer to ``prompt`` as it comes, then how fast it came."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ import moesaic
 from .model import load_model
 from .moeify import ExpertSplit
 from .runtime import paged_cache, swap_in
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .types import Model
 
 
 @torch.inference_mode()
@@ -37,7 +34,7 @@ def matches_dense(
     return (ours - exact).abs().max().item(), (stock - exact).abs().max().item()
 
 
-def who_runs(model: PreTrainedModel, weights: str) -> list[tuple[str, str]]:
+def who_runs(model: Model, weights: str) -> list[tuple[str, str]]:
     """(op, the backend and instruction set that serve it in a decoding step of the model)."""
     layer, config = model.model.layers[0], model.config
     cache = paged_cache(model, weights, 16).pages

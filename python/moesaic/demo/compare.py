@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .progress import progress
 from .runtime import CacheFactory, cache_nbytes, decode, prefill, weight_nbytes
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+from .types import Cache, Model
 
 #: Decoding is timed in rounds that alternate between the contenders, so that a busy moment of the
 #: machine meets all of them.
@@ -30,7 +27,7 @@ class Contender:
     """One way to run the model, and what was measured of it."""
 
     name: str
-    model: PreTrainedModel
+    model: Model
     new_cache: CacheFactory
     #: entered around every use of the model: a backend, a number of experts
     setting: Callable[[], AbstractContextManager] = nullcontext
@@ -39,7 +36,7 @@ class Contender:
     weight_bytes: int = 0
     cache_bytes: int = 0
     perplexity: float = 0.0
-    greedy: Tensor | None = None
+    greedy: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def compare(contenders: Sequence[Contender], prompt: Tensor, held_out: Tensor) -> None:
@@ -92,7 +89,7 @@ def _decode_round(c: Contender, tokens: Iterator[int]) -> None:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, tokens: Tensor) -> tuple[float, Tensor]:
+def score(model: Model, tokens: Tensor) -> tuple[float, Tensor]:
     """(perplexity of each row's tokens after its first, greedy choice at each position [B, L])."""
     logits = model(tokens, use_cache=False).logits.float()
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -107,7 +104,7 @@ def table(contenders: Sequence[Contender]) -> str:
     rows = [head]
     for c in contenders:
         speed = median(c.decode_rates) / median(first.decode_rates)
-        same = (c.greedy == first.greedy).float().mean().item()
+        same = torch.eq(c.greedy, first.greedy).float().mean().item()
         rows.append([
             c.name,
             f"{median(c.decode_rates):.1f}" + ("" if c is first else f" ({speed:.2f}x)"),

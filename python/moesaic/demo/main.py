@@ -19,6 +19,7 @@ from .model import load_model, load_tokenizer, model_folder
 from .moeify import expert_splits
 from .runtime import paged_cache, set_top_k, swap_in
 from .text import windows
+from .types import Model
 
 _HELD_OUT = (4, 256)
 _CACHE_TOKENS = 512
@@ -54,7 +55,7 @@ def main(s: Settings) -> int:
     reference = copy.deepcopy(model).to(s.device)
 
     def moesaic_row(
-        name: str, model: torch.nn.Module, top_k: int, backend: Callable[[], AbstractContextManager]
+        name: str, model: Model, top_k: int, backend: Callable[[], AbstractContextManager]
     ) -> Contender:
         @contextmanager
         def setting() -> Iterator[None]:

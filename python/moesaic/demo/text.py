@@ -5,17 +5,12 @@ One topic in four is held out; the router is fitted on the others.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .types import Tokenizer
 
 
-def windows(
-    tokenizer: PreTrainedTokenizerBase, count: int, length: int, *, held_out: bool
-) -> Tensor:
+def windows(tokenizer: Tokenizer, count: int, length: int, *, held_out: bool) -> Tensor:
     """[count, length] int64 tokens of the held-out topics, or of the others."""
     from pydoc_data.topics import topics
 

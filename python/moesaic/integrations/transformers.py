@@ -15,7 +15,7 @@ function as an attribute of the keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ class PagedLayer(CacheLayerMixin):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
         """q, k, v [B, H, L, D] of the new columns, mask [B, all columns] bool or None:
         [B, L, H, D], zero where the mask is False."""
-        batch, heads, columns, _ = q.shape
+        batch, _, columns, _ = q.shape
         where = self.cache.step(columns, mask)
         q, k, v = (_rows(t, where.rows) for t in (q, k, v))
         k_cache, v_cache = self.cache.pages.k[self.index], self.cache.pages.v[self.index]
@@ -156,11 +156,7 @@ class PagedLayer(CacheLayerMixin):
             q, k_cache, v_cache, step.block_table, step.seq_lens, cu_seqlens_q=step.cu_seqlens_q,
             **kwargs,
         )  # fmt: skip
-        if where.rows is not None:
-            full = out.new_zeros(batch * columns, heads, out.shape[-1])
-            full[where.rows] = out
-            out = full
-        return out.view(batch, columns, heads, -1)
+        return _columns(cast(Tensor, out), where.rows, batch, columns)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.columns + query_length, 0
@@ -220,7 +216,7 @@ def attention(
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
     """Attention over keys that are not in pages: each key becomes a page of one token, and a
     sequence's table lists its unpadded keys."""
-    batch, heads, columns, _ = q.shape
+    batch, _, columns, _ = q.shape
     keys = k.shape[2]
     pages = torch.arange(batch * keys, device=q.device, dtype=torch.int32).view(batch, keys)
     if mask is None:
@@ -236,14 +232,19 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs
         cu_seqlens_q=torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),
         **kwargs,
     )  # fmt: skip
-    if rows is not None:
-        full = out.new_zeros(batch * columns, heads, out.shape[-1])
-        full[rows] = out
-        out = full
-    return out.view(batch, columns, heads, -1)
+    return _columns(cast(Tensor, out), rows, batch, columns)
 
 
 def _rows(t: Tensor, rows: Tensor | None = None) -> Tensor:
     """[B, H, L, D] as token rows [B * L, H, D], or the ones listed."""
     flat = t.transpose(1, 2).flatten(0, 1)
     return flat if rows is None else flat[rows]
+
+
+def _columns(out: Tensor, rows: Tensor | None, batch: int, columns: int) -> Tensor:
+    """Token rows back as [B, L, H, D], zero where the batch is padded."""
+    if rows is not None:
+        full = out.new_zeros(batch * columns, *out.shape[1:])
+        full[rows] = out
+        out = full
+    return out.unflatten(0, (batch, columns))
