@@ -1,4 +1,5 @@
-# ruff: noqa: E501  (a row of the table is a call and its whole message)
+# A row of the table is a call and its whole message, however long.
+# ruff: noqa: E501
 """Every documented error of the moe doors, with its message."""
 
 import re

@@ -34,7 +34,7 @@ def test_sorting_is_a_stable_bijection(ids, experts, block):
         assert perm[starts[e] : starts[e + 1]] == [s for s, i in enumerate(flat) if i == e]
     dropped = [s for s, i in enumerate(flat) if not 0 <= i < experts]
     assert perm[offs[-1] :] == dropped
-    for slot, place in enumerate(sum(inverse, [])):
+    for slot, place in enumerate(place for row in inverse for place in row):
         assert place == -1 if slot in dropped else perm[place] == slot
 
     rows, block_experts, total = moesaic.moe_align_block_size(

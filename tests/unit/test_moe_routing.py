@@ -1,4 +1,5 @@
-"""fused_topk by hand: ties, NaN, groups, bias, masks, maps; every implementation of this machine."""
+"""fused_topk by hand: ties, NaN, groups, bias, masks, maps; every implementation of this
+machine."""
 
 import hypothesis.strategies as st
 import pytest
@@ -68,7 +69,7 @@ def test_no_finite_logit_is_lost_to_large_negative_scores(fused_topk):
     x = torch.randn(4, 12)
     bias = torch.full((12,), -1e6)
     bias[7] = -0.5e6
-    weights, ids = fused_topk(x, 3, scoring_func="sigmoid", e_score_correction_bias=bias)
+    _, ids = fused_topk(x, 3, scoring_func="sigmoid", e_score_correction_bias=bias)
     assert (ids[:, 0] == 7).all() and (ids >= 0).all()
     assert all(len(set(row)) == 3 for row in ids.tolist())
     assert ids_of(fused_topk(x - 1e30, 3)) == [[0, 1, 2]] * 4  # all equal in fp32
