@@ -2,19 +2,19 @@
 // arrive as addresses and sizes that the doors in python/moesaic/ops have checked; nothing here
 // validates, and every kernel call releases the GIL.
 #include "bindings.h"
-
+#include "cpu/table.h"
 #include "moesaic/roofline.h"
 #include "moesaic/selftest.h"
-#include "cpu/table.h"
 
 namespace moesaic {
 namespace {
 
-void simd_selftest(const std::string& isa, const std::string& primitive, int64_t n, Address a, Address b, Address c,
-                   Address out) {
+void simd_selftest(const std::string& isa, const std::string& primitive, int64_t n, Address a, Address b,
+                   Address c, Address out) {
   static const std::vector<std::string> names = {
-      "add", "sub", "mul", "div", "fma", "min", "max", "exp", "log", "tanh", "round_even", "select", "sum",
-      "horizontal_max", "load_bf16", "store_bf16", "load_f16", "store_f16"};
+      "add",       "sub",        "mul",      "div",        "fma",    "min", "max",
+      "exp",       "log",        "tanh",     "round_even", "select", "sum", "horizontal_max",
+      "load_bf16", "store_bf16", "load_f16", "store_f16"};
   const auto at = std::find(names.begin(), names.end(), primitive);
   if (at == names.end()) throw py::value_error("simd_selftest: primitive: unknown name '" + primitive + "'");
   SimdSelftestArgs args{};
@@ -53,7 +53,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("variants", &variants, "Instruction sets of this build that run on this machine, best first.");
   m.def("compiled_isas", &compiled_isas, "Instruction sets of this build, best first.");
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
-  m.def("set_isa", &set_isa, py::arg("name"), "Force an instruction set for the whole process; 'auto' for the best.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Force an instruction set for the whole process; 'auto' for the best.");
   m.def("max_threads", [] { return omp_get_max_threads(); }, "Threads that the OpenMP runtime would start.");
   m.def("simd_selftest", &simd_selftest, "Run one vocabulary primitive on one instruction set (tests only).");
   m.def("roof_read", &roof_read, "Read n fp32 values once (the bandwidth roof).");

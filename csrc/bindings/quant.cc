@@ -15,10 +15,21 @@ void quantize(const BlockFormat& format, Address x, int x_dtype, int64_t batch, 
               int64_t batch_stride, int64_t row_stride, bool static_scale, float eps, float amax_ub,
               Address global, int64_t global_batch_stride, int64_t global_row_stride, Address data,
               Address scale, int threads) {
-  const QuantizeArgs args{format, pointer<const void>(x), static_cast<DType>(x_dtype), batch, n, k,
-                          batch_stride, row_stride, static_scale, eps, amax_ub,
+  const QuantizeArgs args{format,
+                          pointer<const void>(x),
+                          static_cast<DType>(x_dtype),
+                          batch,
+                          n,
+                          k,
+                          batch_stride,
+                          row_stride,
+                          static_scale,
+                          eps,
+                          amax_ub,
                           global_scale(global, global_batch_stride, global_row_stride),
-                          pointer<uint8_t>(data), pointer<void>(scale), threads};
+                          pointer<uint8_t>(data),
+                          pointer<void>(scale),
+                          threads};
   py::gil_scoped_release release;
   kernels().quantize(args);
 }
@@ -26,17 +37,31 @@ void quantize(const BlockFormat& format, Address x, int x_dtype, int64_t batch, 
 void dequantize(const BlockFormat& format, int64_t batch, int64_t n, int64_t k, Address data, Address scale,
                 Address global, int64_t global_batch_stride, int64_t global_row_stride, Address out,
                 int out_dtype, int threads) {
-  const DequantizeArgs args{format, batch, n, k, pointer<const uint8_t>(data), pointer<const void>(scale),
-                            global_scale(global, global_batch_stride, global_row_stride), pointer<void>(out),
-                            static_cast<DType>(out_dtype), threads};
+  const DequantizeArgs args{format,
+                            batch,
+                            n,
+                            k,
+                            pointer<const uint8_t>(data),
+                            pointer<const void>(scale),
+                            global_scale(global, global_batch_stride, global_row_stride),
+                            pointer<void>(out),
+                            static_cast<DType>(out_dtype),
+                            threads};
   py::gil_scoped_release release;
   kernels().dequantize(args);
 }
 
 void row_amax(Address x, int x_dtype, int64_t batch, int64_t n, int64_t k, int64_t batch_stride,
               int64_t row_stride, Address amax, int threads) {
-  const RowAmaxArgs args{pointer<const void>(x), static_cast<DType>(x_dtype), batch, n, k, batch_stride,
-                         row_stride, pointer<float>(amax), threads};
+  const RowAmaxArgs args{pointer<const void>(x),
+                         static_cast<DType>(x_dtype),
+                         batch,
+                         n,
+                         k,
+                         batch_stride,
+                         row_stride,
+                         pointer<float>(amax),
+                         threads};
   py::gil_scoped_release release;
   kernels().row_amax(args);
 }

@@ -35,27 +35,35 @@ bool always() { return true; }
 
 const Kernels kTables[] = {
 #if MOESAIC_HAVE_AVX512
-    {"avx512", cpu_has_avx512,
+    {
+        "avx512",
+        cpu_has_avx512,
 #define X(name, Args) avx512::name,
 #include "cpu/kernels.inc"
 #undef X
     },
 #endif
 #if MOESAIC_HAVE_AVX2
-    {"avx2", cpu_has_avx2,
+    {
+        "avx2",
+        cpu_has_avx2,
 #define X(name, Args) avx2::name,
 #include "cpu/kernels.inc"
 #undef X
     },
 #endif
 #if MOESAIC_HAVE_NEON
-    {"neon", cpu_has_neon,
+    {
+        "neon",
+        cpu_has_neon,
 #define X(name, Args) neon::name,
 #include "cpu/kernels.inc"
 #undef X
     },
 #endif
-    {"scalar", always,
+    {
+        "scalar",
+        always,
 #define X(name, Args) scalar::name,
 #include "cpu/kernels.inc"
 #undef X
@@ -76,8 +84,8 @@ const Kernels& find(const std::string& name) {
     if (name == table.isa) return table;
     here += std::string(here.empty() ? "" : ", ") + table.isa;
   }
-  throw std::invalid_argument("set_isa: name: expected one of auto, " + here + " (what this build has and this CPU runs), got '" +
-                              name + "'");
+  throw std::invalid_argument("set_isa: name: expected one of auto, " + here +
+                              " (what this build has and this CPU runs), got '" + name + "'");
 }
 
 std::atomic<const Kernels*>& active() {

@@ -45,7 +45,7 @@ struct Experts {
   const int64_t element_size = args.dtype == DType::kFloat32 ? 4 : 2;
   int64_t first = 0, tokens = 0;  // the chunk
 
-  int64_t* ends = nullptr;    // [experts + 1]: ends[e] is the first row of expert e; after the sort its end
+  int64_t* ends = nullptr;     // [experts + 1]: ends[e] is the first row of expert e; after the sort its end
   int32_t* slot_of = nullptr;  // [rows]: slot of each sorted row, within the chunk
   int32_t* row_of = nullptr;   // [slots]: sorted row of each slot, kNone or kIdentity
   Rows* pieces = nullptr;
@@ -100,7 +100,8 @@ struct Experts {
     piece_count = 0;
     for (int64_t e = 0; e < experts; ++e) {
       const int64_t count = ends[e] - begin(e), blocks = row_blocks(count), cuts = ceil_div(count, kTaskRows);
-      for (int64_t i = 0; i < cuts; ++i) pieces[piece_count++] = {e, blocks * i / cuts, blocks * (i + 1) / cuts};
+      for (int64_t i = 0; i < cuts; ++i)
+        pieces[piece_count++] = {e, blocks * i / cuts, blocks * (i + 1) / cuts};
     }
   }
 
@@ -139,20 +140,28 @@ struct Experts {
   GemmTask gemm_task(const PackedMatrix& w, const Rows& piece, const float* from, int64_t column0,
                      int64_t column1, float* acc) const {
     const int64_t start = begin(piece.expert);
-    return {&w,           piece.expert,       from + start * padded_k(w.k), ends[piece.expert] - start,
-            piece.block0, piece.block1,       column0 / kPanel,             ceil_div(column1, kPanel),
+    return {&w,
+            piece.expert,
+            from + start * padded_k(w.k),
+            ends[piece.expert] - start,
+            piece.block0,
+            piece.block1,
+            column0 / kPanel,
+            ceil_div(column1, kPanel),
             acc};
   }
 
   // 16 finished w13 outputs, with bias, of one row from a column on; `out` takes 32.
-  void columns(const GemmTask& task, int64_t row, int64_t task_rows, int64_t column, int64_t count, float* out) const {
+  void columns(const GemmTask& task, int64_t row, int64_t task_rows, int64_t column, int64_t count,
+               float* out) const {
     const PackedMatrix& w = *task.weight;
     for (int64_t panel = column / kPanel; panel <= (column + count - 1) / kPanel; ++panel, out += kPanel) {
-      F32x16 v = finish(w, task.expert, panel,
-                        load(task.acc + ((panel - task.panel0) * task_rows + row) * kPanel));
+      F32x16 v =
+          finish(w, task.expert, panel, load(task.acc + ((panel - task.panel0) * task_rows + row) * kPanel));
       if (args.w13_bias) {
         const int64_t left = w.n - panel * kPanel;
-        v = add(v, load_n(args.w13_bias + task.expert * w.n + panel * kPanel, left < kPanel ? int(left) : int(kPanel)));
+        v = add(v, load_n(args.w13_bias + task.expert * w.n + panel * kPanel,
+                          left < kPanel ? int(left) : int(kPanel)));
       }
       store(out, v);
     }
@@ -234,8 +243,10 @@ struct Experts {
     const int64_t at = (first + token) * outputs + column;
     if (args.dtype == DType::kFloat32) return store_n(static_cast<float*>(args.out) + at, v, int(count));
     uint16_t part[kPanel];
-    if (args.dtype == DType::kBFloat16) store_bf16(part, v);
-    else store_f16(part, v);
+    if (args.dtype == DType::kBFloat16)
+      store_bf16(part, v);
+    else
+      store_f16(part, v);
     std::memcpy(static_cast<uint16_t*>(args.out) + at, part, size_t(2 * count));
   }
 

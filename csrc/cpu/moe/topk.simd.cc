@@ -83,7 +83,8 @@ struct Router {
 
   explicit Router(const FusedTopkArgs& a) : args(a) {
     const int64_t e = padded(a.experts) + 16, g = padded(a.num_expert_group), k = padded(a.top_k);
-    float* at = static_cast<float*>(thread_scratch(Scratch::kMoe, size_t(3 * e + 3 * g + 2 * k) * sizeof(float)));
+    float* at =
+        static_cast<float*>(thread_scratch(Scratch::kMoe, size_t(3 * e + 3 * g + 2 * k) * sizeof(float)));
     x = at, scores = x + e, keys = scores + e, groups = keys + e, group_keys = groups + g;
     group_ids = reinterpret_cast<int32_t*>(group_keys + g);
     best_keys = group_keys + 2 * g;
@@ -154,8 +155,10 @@ struct Router {
   float top2_sum(int64_t begin, int64_t end) const {
     float first = -INFINITY, second = -INFINITY;
     for (int64_t i = begin; i < end; ++i) {
-      if (keys[i] > first) second = first, first = keys[i];
-      else if (keys[i] > second) second = keys[i];
+      if (keys[i] > first)
+        second = first, first = keys[i];
+      else if (keys[i] > second)
+        second = keys[i];
     }
     return second == -INFINITY ? first : first + second;
   }
@@ -235,8 +238,10 @@ struct Router {
     int32_t* ids = args.ids + token * slots;
     load_logits(token);
     total = 1.0f;
-    if (args.given_ids) take(token);
-    else choose();
+    if (args.given_ids)
+      take(token);
+    else
+      choose();
     weigh(w);
     for (int64_t j = 0; j < slots; ++j) {
       if (j >= args.top_k) w[j] = args.shared_weight;

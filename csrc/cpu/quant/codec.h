@@ -8,15 +8,48 @@ namespace {
 
 // bits and mantissa bits of a code, bias of its exponent, largest finite value, and the NaN that
 // quantizing writes (-1: the type has none).
-template <Element e> struct ElementTraits;
-template <> struct ElementTraits<Element::kE4M3FN> { static constexpr int bits = 8, mantissa = 3, bias = 7, nan = 0x7f; static constexpr float max = 448.0f; };
-template <> struct ElementTraits<Element::kE5M2> { static constexpr int bits = 8, mantissa = 2, bias = 15, nan = 0x7f; static constexpr float max = 57344.0f; };
-template <> struct ElementTraits<Element::kE4M3FNUZ> { static constexpr int bits = 8, mantissa = 3, bias = 8, nan = 0x80; static constexpr float max = 240.0f; };
-template <> struct ElementTraits<Element::kE5M2FNUZ> { static constexpr int bits = 8, mantissa = 2, bias = 16, nan = 0x80; static constexpr float max = 57344.0f; };
-template <> struct ElementTraits<Element::kE2M1> { static constexpr int bits = 4, mantissa = 1, bias = 1, nan = -1; static constexpr float max = 6.0f; };
-template <> struct ElementTraits<Element::kE2M3> { static constexpr int bits = 6, mantissa = 3, bias = 1, nan = -1; static constexpr float max = 7.5f; };
-template <> struct ElementTraits<Element::kE3M2> { static constexpr int bits = 6, mantissa = 2, bias = 3, nan = -1; static constexpr float max = 28.0f; };
-template <> struct ElementTraits<Element::kInt8> { static constexpr int bits = 8, mantissa = 6, bias = 0, nan = -1; static constexpr float max = 127.0f; };
+template <Element e>
+struct ElementTraits;
+template <>
+struct ElementTraits<Element::kE4M3FN> {
+  static constexpr int bits = 8, mantissa = 3, bias = 7, nan = 0x7f;
+  static constexpr float max = 448.0f;
+};
+template <>
+struct ElementTraits<Element::kE5M2> {
+  static constexpr int bits = 8, mantissa = 2, bias = 15, nan = 0x7f;
+  static constexpr float max = 57344.0f;
+};
+template <>
+struct ElementTraits<Element::kE4M3FNUZ> {
+  static constexpr int bits = 8, mantissa = 3, bias = 8, nan = 0x80;
+  static constexpr float max = 240.0f;
+};
+template <>
+struct ElementTraits<Element::kE5M2FNUZ> {
+  static constexpr int bits = 8, mantissa = 2, bias = 16, nan = 0x80;
+  static constexpr float max = 57344.0f;
+};
+template <>
+struct ElementTraits<Element::kE2M1> {
+  static constexpr int bits = 4, mantissa = 1, bias = 1, nan = -1;
+  static constexpr float max = 6.0f;
+};
+template <>
+struct ElementTraits<Element::kE2M3> {
+  static constexpr int bits = 6, mantissa = 3, bias = 1, nan = -1;
+  static constexpr float max = 7.5f;
+};
+template <>
+struct ElementTraits<Element::kE3M2> {
+  static constexpr int bits = 6, mantissa = 2, bias = 3, nan = -1;
+  static constexpr float max = 28.0f;
+};
+template <>
+struct ElementTraits<Element::kInt8> {
+  static constexpr int bits = 8, mantissa = 6, bias = 0, nan = -1;
+  static constexpr float max = 127.0f;
+};
 
 // Vectors must stay in registers: a call would pass them through memory.
 #define MOESAIC_ALWAYS_INLINE inline __attribute__((always_inline))
@@ -139,8 +172,10 @@ inline float make_scale(const BlockFormat& f, float amax, const float* global, v
     code = code < 0 ? 0 : code > 254 ? 254 : code;
     if (amax == 0.0f) code = 127;
     const float value = e8m0_to_float(uint8_t(code));
-    if (f.scale_type == ScaleType::kE8M0) static_cast<uint8_t*>(scale)[i] = uint8_t(code);
-    else static_cast<float*>(scale)[i] = value;
+    if (f.scale_type == ScaleType::kE8M0)
+      static_cast<uint8_t*>(scale)[i] = uint8_t(code);
+    else
+      static_cast<float*>(scale)[i] = value;
     return value;
   }
   float value = amax / max;

@@ -16,8 +16,12 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kTaskElements = 1 << 15;
 constexpr uint32_t kInfinity = 0x7f800000, kMagnitude = 0x7fffffff;
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 MOESAIC_ALWAYS_INLINE F32x16 load16(const float* p) { return load(p); }
 MOESAIC_ALWAYS_INLINE F32x16 load16(const BF16* p) { return load_bf16(&p->bits); }
@@ -38,14 +42,18 @@ constexpr int64_t code_bytes(Element e, int64_t n) { return e == Element::kE2M1 
 
 template <Element e>
 MOESAIC_ALWAYS_INLINE void store_codes(uint8_t* p, U32x16 codes) {
-  if constexpr (e == Element::kE2M1) store_nibbles(p, codes);
-  else store_u8(p, codes);
+  if constexpr (e == Element::kE2M1)
+    store_nibbles(p, codes);
+  else
+    store_u8(p, codes);
 }
 
 template <Element e>
 MOESAIC_ALWAYS_INLINE U32x16 load_codes(const uint8_t* p) {
-  if constexpr (e == Element::kE2M1) return load_nibbles(p);
-  else return load_u8(p);
+  if constexpr (e == Element::kE2M1)
+    return load_nibbles(p);
+  else
+    return load_u8(p);
 }
 
 // Largest bit pattern of a magnitude in x[0:n], lane by lane; a NaN is larger than Inf.
@@ -177,9 +185,12 @@ struct Band {
     // Division by a power of two is multiplication by its reciprocal, bit for bit.
     const bool power_of_two = args.format.scale_type == ScaleType::kE8M0 ||
                               (args.format.rule != ScaleRule::kExact && !args.static_scale);
-    if (args.static_scale || global || any_nan) encode<Scaling::kDivide, true>(begin, end, step);
-    else if (power_of_two) encode<Scaling::kMultiply, false>(begin, end, step);
-    else encode<Scaling::kDivide, false>(begin, end, step);
+    if (args.static_scale || global || any_nan)
+      encode<Scaling::kDivide, true>(begin, end, step);
+    else if (power_of_two)
+      encode<Scaling::kMultiply, false>(begin, end, step);
+    else
+      encode<Scaling::kDivide, false>(begin, end, step);
     if (!kPoisons || !any_nan) return;
     for (int64_t j = begin; j < end; ++j)
       if (amax[j - begin].has_nan) clear(j);
@@ -264,8 +275,7 @@ void dequantize_as(const DequantizeArgs& args) {
       };
       int64_t i = columns.begin(j);
       const int64_t end = i + columns.length(j);
-      for (; i + kLanes <= end; i += kLanes)
-        store16(out + i, values(load_codes<e>(data + code_bytes(e, i))));
+      for (; i + kLanes <= end; i += kLanes) store16(out + i, values(load_codes<e>(data + code_bytes(e, i))));
       if (i < end) {
         uint8_t codes[kLanes] = {};
         T tail[kLanes];
@@ -303,12 +313,18 @@ void for_element(Element e, const F& f) {
 
 struct Quantizer {
   const QuantizeArgs& args;
-  template <Element e, class T> void run() const { quantize_as<e, T>(args); }
+  template <Element e, class T>
+  void run() const {
+    quantize_as<e, T>(args);
+  }
 };
 
 struct Dequantizer {
   const DequantizeArgs& args;
-  template <Element e, class T> void run() const { dequantize_as<e, T>(args); }
+  template <Element e, class T>
+  void run() const {
+    dequantize_as<e, T>(args);
+  }
 };
 
 }  // namespace

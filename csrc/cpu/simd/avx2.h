@@ -9,22 +9,34 @@ namespace moesaic {
 namespace {
 
 constexpr int kVectors = 8;  // F32x16 values that the register file holds
-struct F32x16 { __m256 lo, hi; };
-struct U32x16 { __m256i lo, hi; };
-struct Mask16 { __m256 lo, hi; };  // all ones or all zeros in each 32-bit lane
+struct F32x16 {
+  __m256 lo, hi;
+};
+struct U32x16 {
+  __m256i lo, hi;
+};
+struct Mask16 {
+  __m256 lo, hi;
+};  // all ones or all zeros in each 32-bit lane
 
 // Lane i of the result is all ones if i < n.
 inline __m256i lanes_below(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-inline F32x16 set1(float x) { const __m256 v = _mm256_set1_ps(x); return {v, v}; }
+inline F32x16 set1(float x) {
+  const __m256 v = _mm256_set1_ps(x);
+  return {v, v};
+}
 inline F32x16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline F32x16 load_n(const float* p, int n) {
   return {_mm256_maskload_ps(p, lanes_below(n)), _mm256_maskload_ps(p + 8, lanes_below(n - 8))};
 }
-inline void store(float* p, F32x16 a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+inline void store(float* p, F32x16 a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
 inline void store_n(float* p, F32x16 a, int n) {
   _mm256_maskstore_ps(p, lanes_below(n), a.lo);
   _mm256_maskstore_ps(p + 8, lanes_below(n - 8), a.hi);
@@ -51,7 +63,10 @@ inline F32x16 round_even(F32x16 a) {
   return {_mm256_round_ps(a.lo, mode), _mm256_round_ps(a.hi, mode)};
 }
 
-inline U32x16 set1_u32(uint32_t x) { const __m256i v = _mm256_set1_epi32(int(x)); return {v, v}; }
+inline U32x16 set1_u32(uint32_t x) {
+  const __m256i v = _mm256_set1_epi32(int(x));
+  return {v, v};
+}
 inline U32x16 load_u32(const void* p) {
   const __m256i* q = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
@@ -97,10 +112,10 @@ inline void store_nibbles(uint8_t* p, U32x16 a) {
   const __m256i lo = _mm256_or_si256(a.lo, _mm256_srli_epi64(a.lo, 28));
   const __m256i hi = _mm256_or_si256(a.hi, _mm256_srli_epi64(a.hi, 28));
   // Bytes 0 and 8 of each half, to their places: 0 1 | 2 3 from lo, 4 5 | 6 7 from hi.
-  const __m256i from_lo = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                                           -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i from_hi = _mm256_setr_epi8(-1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                                           -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i from_lo = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                           -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i from_hi = _mm256_setr_epi8(-1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                           -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m256i both = _mm256_or_si256(_mm256_shuffle_epi8(lo, from_lo), _mm256_shuffle_epi8(hi, from_hi));
   const __m128i bytes = _mm_or_si128(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
@@ -109,14 +124,33 @@ inline U32x16 bits(F32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_
 inline F32x16 as_float(U32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 inline U32x16 add(U32x16 a, U32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline U32x16 sub(U32x16 a, U32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
-inline U32x16 bit_and(U32x16 a, U32x16 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
-inline U32x16 bit_or(U32x16 a, U32x16 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
-inline U32x16 bit_xor(U32x16 a, U32x16 b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
-template <int n> inline U32x16 shl(U32x16 a) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
-template <int n> inline U32x16 shr(U32x16 a) { return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)}; }
-template <int n> inline U32x16 sar(U32x16 a) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
-inline U32x16 min_s32(U32x16 a, U32x16 b) { return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)}; }
-inline U32x16 max_s32(U32x16 a, U32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+inline U32x16 bit_and(U32x16 a, U32x16 b) {
+  return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
+}
+inline U32x16 bit_or(U32x16 a, U32x16 b) {
+  return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
+}
+inline U32x16 bit_xor(U32x16 a, U32x16 b) {
+  return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)};
+}
+template <int n>
+inline U32x16 shl(U32x16 a) {
+  return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)};
+}
+template <int n>
+inline U32x16 shr(U32x16 a) {
+  return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)};
+}
+template <int n>
+inline U32x16 sar(U32x16 a) {
+  return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)};
+}
+inline U32x16 min_s32(U32x16 a, U32x16 b) {
+  return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)};
+}
+inline U32x16 max_s32(U32x16 a, U32x16 b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
 inline U32x16 to_s32(F32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 inline F32x16 from_s32(U32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
@@ -133,8 +167,12 @@ inline Mask16 is_nan(F32x16 a) {
   return {_mm256_cmp_ps(a.lo, a.lo, _CMP_UNORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_UNORD_Q)};
 }
 inline Mask16 as_mask(__m256i lo, __m256i hi) { return {_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)}; }
-inline Mask16 eq(U32x16 a, U32x16 b) { return as_mask(_mm256_cmpeq_epi32(a.lo, b.lo), _mm256_cmpeq_epi32(a.hi, b.hi)); }
-inline Mask16 gt_s32(U32x16 a, U32x16 b) { return as_mask(_mm256_cmpgt_epi32(a.lo, b.lo), _mm256_cmpgt_epi32(a.hi, b.hi)); }
+inline Mask16 eq(U32x16 a, U32x16 b) {
+  return as_mask(_mm256_cmpeq_epi32(a.lo, b.lo), _mm256_cmpeq_epi32(a.hi, b.hi));
+}
+inline Mask16 gt_s32(U32x16 a, U32x16 b) {
+  return as_mask(_mm256_cmpgt_epi32(a.lo, b.lo), _mm256_cmpgt_epi32(a.hi, b.hi));
+}
 inline Mask16 first_n(int n) { return as_mask(lanes_below(n), lanes_below(n - 8)); }
 inline Mask16 mask_and(Mask16 a, Mask16 b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
 inline Mask16 mask_or(Mask16 a, Mask16 b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
@@ -171,12 +209,12 @@ inline void store_f16(uint16_t* p, F32x16 a) {
 template <int pair>
 inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
   // Low and high byte of each code's bf16 pattern.
-  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-      0x00, 0x00, char(0x80), char(0xc0), 0x00, 0x40, char(0x80), char(0xc0),
-      0x00, 0x00, char(0x80), char(0xc0), 0x00, 0x40, char(0x80), char(0xc0)));
-  const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(
-      0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40,
-      char(0x80), char(0xbf), char(0xbf), char(0xbf), char(0xc0), char(0xc0), char(0xc0), char(0xc0)));
+  const __m256i low = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0x00, 0x00, char(0x80), char(0xc0), 0x00, 0x40, char(0x80), char(0xc0), 0x00, 0x00,
+                    char(0x80), char(0xc0), 0x00, 0x40, char(0x80), char(0xc0)));
+  const __m256i high = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, char(0x80), char(0xbf), char(0xbf),
+                    char(0xbf), char(0xc0), char(0xc0), char(0xc0), char(0xc0)));
   const __m256i nibble = _mm256_set1_epi8(15), odd = _mm256_set1_epi32(int(0xffff0000));
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i code = _mm256_and_si256(pair ? _mm256_srli_epi16(v, 4) : v, nibble);

@@ -9,11 +9,19 @@ namespace moesaic {
 namespace {
 
 constexpr int kVectors = 32;  // F32x16 values that the register file holds
-struct F32x16 { __m512 v; };
-struct U32x16 { __m512i v; };
-struct Mask16 { __mmask16 v; };
+struct F32x16 {
+  __m512 v;
+};
+struct U32x16 {
+  __m512i v;
+};
+struct Mask16 {
+  __mmask16 v;
+};
 
-inline __mmask16 lanes_below(int n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1); }
+inline __mmask16 lanes_below(int n) {
+  return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1);
+}
 
 inline F32x16 set1(float x) { return {_mm512_set1_ps(x)}; }
 inline F32x16 zero() { return {_mm512_setzero_ps()}; }
@@ -66,9 +74,18 @@ inline U32x16 sub(U32x16 a, U32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline U32x16 bit_and(U32x16 a, U32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline U32x16 bit_or(U32x16 a, U32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline U32x16 bit_xor(U32x16 a, U32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
-template <int n> inline U32x16 shl(U32x16 a) { return {_mm512_slli_epi32(a.v, n)}; }
-template <int n> inline U32x16 shr(U32x16 a) { return {_mm512_srli_epi32(a.v, n)}; }
-template <int n> inline U32x16 sar(U32x16 a) { return {_mm512_srai_epi32(a.v, n)}; }
+template <int n>
+inline U32x16 shl(U32x16 a) {
+  return {_mm512_slli_epi32(a.v, n)};
+}
+template <int n>
+inline U32x16 shr(U32x16 a) {
+  return {_mm512_srli_epi32(a.v, n)};
+}
+template <int n>
+inline U32x16 sar(U32x16 a) {
+  return {_mm512_srai_epi32(a.v, n)};
+}
 inline U32x16 min_s32(U32x16 a, U32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline U32x16 max_s32(U32x16 a, U32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline U32x16 to_s32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -105,10 +122,11 @@ inline void store_f16(uint16_t* p, F32x16 a) {
 // Packed weight codes; see scalar.h.
 template <int pair>
 inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
-  const __m512 value = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
-                                      -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
+  const __m512 value = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f,
+                                      -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
   // Words of four nibbles k0 k2 k1 k3; their order n0-3 n8-11 n4-7 n12-15 is undone by the permute.
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0xd8);
+  const __m256i words =
+      _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0xd8);
   const __m512i v = _mm512_cvtepu16_epi32(words);  // VPERMPS looks at the low four bits only
   k0.v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * pair), value);
   k1.v = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * pair + 8), value);

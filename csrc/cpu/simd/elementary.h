@@ -38,7 +38,8 @@ inline F32x16 log(F32x16 x) {
   const U32x16 offset = sub(u, set1_u32(0x3f3504f3));
   F32x16 e = from_s32(sar<23>(offset));
   e = select(tiny, sub(e, set1(23.0f)), e);
-  const F32x16 m = sub(as_float(add(bit_and(offset, set1_u32(0x007fffff)), set1_u32(0x3f3504f3))), set1(1.0f));
+  const F32x16 m =
+      sub(as_float(add(bit_and(offset, set1_u32(0x007fffff)), set1_u32(0x3f3504f3))), set1(1.0f));
   const F32x16 z = mul(m, m);
   F32x16 p = set1(7.0376836292e-2f);
   p = fma(p, m, set1(-1.1514610310e-1f));

@@ -9,12 +9,18 @@ namespace moesaic {
 namespace {
 
 constexpr int kVectors = 8;  // F32x16 values that the register file holds
-struct F32x16 { float32x4_t v[4]; };
-struct U32x16 { uint32x4_t v[4]; };
-struct Mask16 { uint32x4_t v[4]; };  // all ones or all zeros in each lane
+struct F32x16 {
+  float32x4_t v[4];
+};
+struct U32x16 {
+  uint32x4_t v[4];
+};
+struct Mask16 {
+  uint32x4_t v[4];
+};  // all ones or all zeros in each lane
 
-#define MOESAIC_QUADS(Type, expression) \
-  Type r;                               \
+#define MOESAIC_QUADS(Type, expression)              \
+  Type r;                                            \
   for (int q = 0; q < 4; ++q) r.v[q] = (expression); \
   return r
 
@@ -37,8 +43,12 @@ inline F32x16 set1(float x) { MOESAIC_QUADS(F32x16, vdupq_n_f32(x)); }
 inline F32x16 zero() { return set1(0.0f); }
 inline F32x16 load(const float* p) { MOESAIC_QUADS(F32x16, vld1q_f32(p + 4 * q)); }
 inline F32x16 load_n(const float* p, int n) { MOESAIC_QUADS(F32x16, load_quad_n(p + 4 * q, n - 4 * q)); }
-inline void store(float* p, F32x16 a) { for (int q = 0; q < 4; ++q) vst1q_f32(p + 4 * q, a.v[q]); }
-inline void store_n(float* p, F32x16 a, int n) { for (int q = 0; q < 4; ++q) store_quad_n(p + 4 * q, a.v[q], n - 4 * q); }
+inline void store(float* p, F32x16 a) {
+  for (int q = 0; q < 4; ++q) vst1q_f32(p + 4 * q, a.v[q]);
+}
+inline void store_n(float* p, F32x16 a, int n) {
+  for (int q = 0; q < 4; ++q) store_quad_n(p + 4 * q, a.v[q], n - 4 * q);
+}
 
 inline F32x16 add(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vaddq_f32(a.v[q], b.v[q])); }
 inline F32x16 sub(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vsubq_f32(a.v[q], b.v[q])); }
@@ -48,20 +58,31 @@ inline F32x16 sqrt(F32x16 a) { MOESAIC_QUADS(F32x16, vsqrtq_f32(a.v[q])); }
 inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { MOESAIC_QUADS(F32x16, vfmaq_f32(c.v[q], a.v[q], b.v[q])); }
 inline void fma_to(F32x16& p, F32x16 a, F32x16 b) { p = fma(a, b, p); }
 // FMIN/FMAX propagate NaN; the vocabulary returns the second operand, as x86 does.
-inline F32x16 min(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vbslq_f32(vcltq_f32(a.v[q], b.v[q]), a.v[q], b.v[q])); }
-inline F32x16 max(F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vbslq_f32(vcgtq_f32(a.v[q], b.v[q]), a.v[q], b.v[q])); }
+inline F32x16 min(F32x16 a, F32x16 b) {
+  MOESAIC_QUADS(F32x16, vbslq_f32(vcltq_f32(a.v[q], b.v[q]), a.v[q], b.v[q]));
+}
+inline F32x16 max(F32x16 a, F32x16 b) {
+  MOESAIC_QUADS(F32x16, vbslq_f32(vcgtq_f32(a.v[q], b.v[q]), a.v[q], b.v[q]));
+}
 inline F32x16 round_even(F32x16 a) { MOESAIC_QUADS(F32x16, vrndnq_f32(a.v[q])); }
 
 inline U32x16 set1_u32(uint32_t x) { MOESAIC_QUADS(U32x16, vdupq_n_u32(x)); }
-inline U32x16 load_u32(const void* p) { MOESAIC_QUADS(U32x16, vld1q_u32(static_cast<const uint32_t*>(p) + 4 * q)); }
-inline void store_u32(void* p, U32x16 a) { for (int q = 0; q < 4; ++q) vst1q_u32(static_cast<uint32_t*>(p) + 4 * q, a.v[q]); }
+inline U32x16 load_u32(const void* p) {
+  MOESAIC_QUADS(U32x16, vld1q_u32(static_cast<const uint32_t*>(p) + 4 * q));
+}
+inline void store_u32(void* p, U32x16 a) {
+  for (int q = 0; q < 4; ++q) vst1q_u32(static_cast<uint32_t*>(p) + 4 * q, a.v[q]);
+}
 inline U32x16 load_u16(const uint16_t* p) { MOESAIC_QUADS(U32x16, vmovl_u16(vld1_u16(p + 4 * q))); }
 inline U32x16 load_u8(const uint8_t* p) {
   const uint8x16_t bytes = vld1q_u8(p);
   const uint16x8_t lo = vmovl_u8(vget_low_u8(bytes)), hi = vmovl_u8(vget_high_u8(bytes));
-  return {{vmovl_u16(vget_low_u16(lo)), vmovl_u16(vget_high_u16(lo)), vmovl_u16(vget_low_u16(hi)), vmovl_u16(vget_high_u16(hi))}};
+  return {{vmovl_u16(vget_low_u16(lo)), vmovl_u16(vget_high_u16(lo)), vmovl_u16(vget_low_u16(hi)),
+           vmovl_u16(vget_high_u16(hi))}};
 }
-inline void store_u16(uint16_t* p, U32x16 a) { for (int q = 0; q < 4; ++q) vst1_u16(p + 4 * q, vmovn_u32(a.v[q])); }
+inline void store_u16(uint16_t* p, U32x16 a) {
+  for (int q = 0; q < 4; ++q) vst1_u16(p + 4 * q, vmovn_u32(a.v[q]));
+}
 inline void store_u8(uint8_t* p, U32x16 a) {
   const uint16x8_t lo = vcombine_u16(vmovn_u32(a.v[0]), vmovn_u32(a.v[1]));
   const uint16x8_t hi = vcombine_u16(vmovn_u32(a.v[2]), vmovn_u32(a.v[3]));
@@ -71,7 +92,8 @@ inline U32x16 load_nibbles(const uint8_t* p) {
   const uint8x8_t v = vld1_u8(p);
   const uint8x8x2_t codes = vzip_u8(vand_u8(v, vdup_n_u8(15)), vshr_n_u8(v, 4));
   const uint16x8_t lo = vmovl_u8(codes.val[0]), hi = vmovl_u8(codes.val[1]);
-  return {{vmovl_u16(vget_low_u16(lo)), vmovl_u16(vget_high_u16(lo)), vmovl_u16(vget_low_u16(hi)), vmovl_u16(vget_high_u16(hi))}};
+  return {{vmovl_u16(vget_low_u16(lo)), vmovl_u16(vget_high_u16(lo)), vmovl_u16(vget_low_u16(hi)),
+           vmovl_u16(vget_high_u16(hi))}};
 }
 inline void store_nibbles(uint8_t* p, U32x16 a) {
   uint32x2_t pairs[4];  // the low halves of (even | odd << 4)
@@ -79,7 +101,8 @@ inline void store_nibbles(uint8_t* p, U32x16 a) {
     const uint64x2_t v = vreinterpretq_u64_u32(a.v[q]);
     pairs[q] = vmovn_u64(vorrq_u64(v, vshrq_n_u64(v, 28)));
   }
-  const uint16x4_t lo = vmovn_u32(vcombine_u32(pairs[0], pairs[1])), hi = vmovn_u32(vcombine_u32(pairs[2], pairs[3]));
+  const uint16x4_t lo = vmovn_u32(vcombine_u32(pairs[0], pairs[1])),
+                   hi = vmovn_u32(vcombine_u32(pairs[2], pairs[3]));
   vst1_u8(p, vmovn_u16(vcombine_u16(lo, hi)));
 }
 inline U32x16 bits(F32x16 a) { MOESAIC_QUADS(U32x16, vreinterpretq_u32_f32(a.v[q])); }
@@ -89,12 +112,25 @@ inline U32x16 sub(U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, vsubq_u32(a.v[q], 
 inline U32x16 bit_and(U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, vandq_u32(a.v[q], b.v[q])); }
 inline U32x16 bit_or(U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, vorrq_u32(a.v[q], b.v[q])); }
 inline U32x16 bit_xor(U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, veorq_u32(a.v[q], b.v[q])); }
-template <int n> inline U32x16 shl(U32x16 a) { MOESAIC_QUADS(U32x16, vshlq_n_u32(a.v[q], n)); }
-template <int n> inline U32x16 shr(U32x16 a) { MOESAIC_QUADS(U32x16, vshrq_n_u32(a.v[q], n)); }
-template <int n> inline U32x16 sar(U32x16 a) { MOESAIC_QUADS(U32x16, vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a.v[q]), n))); }
+template <int n>
+inline U32x16 shl(U32x16 a) {
+  MOESAIC_QUADS(U32x16, vshlq_n_u32(a.v[q], n));
+}
+template <int n>
+inline U32x16 shr(U32x16 a) {
+  MOESAIC_QUADS(U32x16, vshrq_n_u32(a.v[q], n));
+}
+template <int n>
+inline U32x16 sar(U32x16 a) {
+  MOESAIC_QUADS(U32x16, vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a.v[q]), n)));
+}
 inline int32x4_t as_s32(uint32x4_t a) { return vreinterpretq_s32_u32(a); }
-inline U32x16 min_s32(U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, vreinterpretq_u32_s32(vminq_s32(as_s32(a.v[q]), as_s32(b.v[q])))); }
-inline U32x16 max_s32(U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, vreinterpretq_u32_s32(vmaxq_s32(as_s32(a.v[q]), as_s32(b.v[q])))); }
+inline U32x16 min_s32(U32x16 a, U32x16 b) {
+  MOESAIC_QUADS(U32x16, vreinterpretq_u32_s32(vminq_s32(as_s32(a.v[q]), as_s32(b.v[q]))));
+}
+inline U32x16 max_s32(U32x16 a, U32x16 b) {
+  MOESAIC_QUADS(U32x16, vreinterpretq_u32_s32(vmaxq_s32(as_s32(a.v[q]), as_s32(b.v[q]))));
+}
 inline U32x16 to_s32(F32x16 a) { MOESAIC_QUADS(U32x16, vreinterpretq_u32_s32(vcvtnq_s32_f32(a.v[q]))); }
 inline F32x16 from_s32(U32x16 a) { MOESAIC_QUADS(F32x16, vcvtq_f32_s32(as_s32(a.v[q]))); }
 
@@ -115,8 +151,12 @@ inline uint32_t mask_bits(Mask16 a) {
   for (int q = 0; q < 4; ++q) r |= vaddvq_u32(vandq_u32(a.v[q], w)) << (4 * q);
   return r;
 }
-inline F32x16 select(Mask16 m, F32x16 a, F32x16 b) { MOESAIC_QUADS(F32x16, vbslq_f32(m.v[q], a.v[q], b.v[q])); }
-inline U32x16 select(Mask16 m, U32x16 a, U32x16 b) { MOESAIC_QUADS(U32x16, vbslq_u32(m.v[q], a.v[q], b.v[q])); }
+inline F32x16 select(Mask16 m, F32x16 a, F32x16 b) {
+  MOESAIC_QUADS(F32x16, vbslq_f32(m.v[q], a.v[q], b.v[q]));
+}
+inline U32x16 select(Mask16 m, U32x16 a, U32x16 b) {
+  MOESAIC_QUADS(U32x16, vbslq_u32(m.v[q], a.v[q], b.v[q]));
+}
 
 inline F32x16 load_bf16(const uint16_t* p) { return as_float(shl<16>(load_u16(p))); }
 inline F32x16 load_f16(const uint16_t* p) {
@@ -136,8 +176,10 @@ inline void store_f16(uint16_t* p, F32x16 a) {
 template <int pair>
 inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
   // Low and high byte of each code's bf16 pattern.
-  const uint8_t low_bytes[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0, 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0};
-  const uint8_t high_bytes[16] = {0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
+  const uint8_t low_bytes[16] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0,
+                                 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0};
+  const uint8_t high_bytes[16] = {0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40,
+                                  0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
   const uint8x16_t low = vld1q_u8(low_bytes), high = vld1q_u8(high_bytes);
   const uint32x4_t odd = vdupq_n_u32(0xffff0000u);
   for (int lane = 0; lane < 2; ++lane) {
@@ -152,8 +194,10 @@ inline void decode_e2m1(const uint8_t* p, F32x16& k0, F32x16& k1) {
   }
 }
 inline F32x16 from_f16(uint16x8_t lo, uint16x8_t hi) {
-  return {{vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(lo))), vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(lo))),
-           vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(hi))), vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(hi)))}};
+  return {{vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(lo))),
+           vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(lo))),
+           vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(hi))),
+           vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(hi)))}};
 }
 inline uint16x8_t load_words(const uint8_t* p) { return vreinterpretq_u16_u8(vld1q_u8(p)); }
 // E4M3 codes in the high bytes of words -> fp16 of value / 256.
@@ -198,7 +242,8 @@ inline float reduce_add(F32x16 a) {
 }
 inline float greater(float a, float b) { return a > b ? a : b; }
 inline void reduce_add4(F32x16 a, F32x16 b, F32x16 c, F32x16 d, float* out, int64_t stride) {
-  out[0] = reduce_add(a), out[stride] = reduce_add(b), out[2 * stride] = reduce_add(c), out[3 * stride] = reduce_add(d);
+  out[0] = reduce_add(a), out[stride] = reduce_add(b), out[2 * stride] = reduce_add(c),
+  out[3 * stride] = reduce_add(d);
 }
 inline float reduce_max(F32x16 a) {
   float v[16];
@@ -208,7 +253,8 @@ inline float reduce_max(F32x16 a) {
   return v[0];
 }
 inline uint32_t reduce_max_s32(U32x16 a) {
-  const int32x4_t lo = vmaxq_s32(as_s32(a.v[0]), as_s32(a.v[1])), hi = vmaxq_s32(as_s32(a.v[2]), as_s32(a.v[3]));
+  const int32x4_t lo = vmaxq_s32(as_s32(a.v[0]), as_s32(a.v[1])),
+                  hi = vmaxq_s32(as_s32(a.v[2]), as_s32(a.v[3]));
   return uint32_t(vmaxvq_s32(vmaxq_s32(lo, hi)));
 }
 #undef MOESAIC_QUADS

@@ -11,7 +11,13 @@ namespace moesaic {
 enum class Scoring : int32_t { kSoftmax = 0, kSigmoid = 1, kSqrtSoftplus = 2, kNone = 3 };
 enum class GroupScore : int32_t { kTop2Sum = 0, kMax = 1 };
 enum class Activation : int32_t {
-  kSilu = 0, kGeluTanh = 1, kSwigluOai = 2, kSwigluStep = 3, kSitu = 4, kRelu2 = 5, kSiluNoMul = 6,
+  kSilu = 0,
+  kGeluTanh = 1,
+  kSwigluOai = 2,
+  kSwigluStep = 3,
+  kSitu = 4,
+  kRelu2 = 5,
+  kSiluNoMul = 6,
 };
 constexpr bool is_gated(Activation a) { return a < Activation::kRelu2; }
 
@@ -43,17 +49,17 @@ struct FusedExpertsArgs {
   DType dtype;           // of x and out: kFloat32, kBFloat16, kFloat16
   int64_t x_stride;
   int64_t tokens, top_k;
-  const float* topk_weights;   // [tokens, top_k]
-  const int32_t* topk_ids;     // [tokens, top_k]
-  const int32_t* expert_map;   // [map_size] or null
+  const float* topk_weights;  // [tokens, top_k]
+  const int32_t* topk_ids;    // [tokens, top_k]
+  const int32_t* expert_map;  // [map_size] or null
   int64_t map_size;
-  int64_t num_identity;        // ids from the end of the (global) experts on that mean x itself
-  const float* w13_bias;       // [E, N] or null
-  const float* w2_bias;        // [E, H] or null
+  int64_t num_identity;   // ids from the end of the (global) experts on that mean x itself
+  const float* w13_bias;  // [E, N] or null
+  const float* w2_bias;   // [E, H] or null
   Activation activation;
-  float alpha, limit;          // limit: +inf for none
+  float alpha, limit;  // limit: +inf for none
   bool interleaved, weight_on_input;
-  void* out;                   // [tokens, H] contiguous
+  void* out;  // [tokens, H] contiguous
   int threads;
 };
 

@@ -14,7 +14,14 @@
 namespace moesaic {
 
 enum class Element : int32_t {
-  kE4M3FN = 0, kE5M2 = 1, kE4M3FNUZ = 2, kE5M2FNUZ = 3, kE2M1 = 4, kE2M3 = 5, kE3M2 = 6, kInt8 = 7,
+  kE4M3FN = 0,
+  kE5M2 = 1,
+  kE4M3FNUZ = 2,
+  kE5M2FNUZ = 3,
+  kE2M1 = 4,
+  kE2M3 = 5,
+  kE3M2 = 6,
+  kInt8 = 7,
 };
 enum class ScaleType : int32_t { kFloat32 = 0, kE8M0 = 1, kE4M3 = 2 };
 enum class ScaleRule : int32_t { kExact = 0, kFloor = 1, kRceil = 2, kEven = 3, kCeil = 4 };
@@ -38,8 +45,8 @@ struct QuantizeArgs {
   const void* x;  // fp32, bf16 or fp16; strides in elements
   DType x_dtype;
   int64_t batch, n, k, batch_stride, row_stride;
-  bool static_scale;  // scale is an input (a NaN in a block of a type without NaN still changes it)
-  float eps, amax_ub;  // bounds of a block's largest magnitude
+  bool static_scale;         // scale is an input (a NaN in a block of a type without NaN still changes it)
+  float eps, amax_ub;        // bounds of a block's largest magnitude
   GlobalScale global_scale;  // constant over the rows of a block
   uint8_t* data;
   void* scale;

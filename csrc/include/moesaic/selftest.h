@@ -6,8 +6,24 @@
 namespace moesaic {
 
 enum class SimdPrimitive : int32_t {
-  kAdd, kSub, kMul, kDiv, kFma, kMin, kMax, kExp, kLog, kTanh, kRoundEven, kSelect, kSum, kHorizontalMax,
-  kLoadBF16, kStoreBF16, kLoadF16, kStoreF16,
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kFma,
+  kMin,
+  kMax,
+  kExp,
+  kLog,
+  kTanh,
+  kRoundEven,
+  kSelect,
+  kSum,
+  kHorizontalMax,
+  kLoadBF16,
+  kStoreBF16,
+  kLoadF16,
+  kStoreF16,
 };
 
 struct SimdSelftestArgs {
