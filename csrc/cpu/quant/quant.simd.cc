@@ -247,8 +247,12 @@ void quantize_as(const QuantizeArgs& args) {
                           args.data + (batch * args.n + first) * row_bytes,
                           row_bytes,
                           (batch * rows_of.count + rows_of.of(first)) * columns.count};
-    for (int64_t j = 0; j < columns.count; j += band.kRun)
-      band.quantize(j, j + band.kRun < columns.count ? j + band.kRun : columns.count);
+    // Few enough blocks at a time that their second reading finds them in cache.
+    const int64_t cost = count * columns.size > 0 ? count * columns.size : 1;
+    const int64_t fit = kTaskElements > cost ? kTaskElements / cost : 1;
+    const int64_t run = fit < band.kRun ? fit : band.kRun;
+    for (int64_t j = 0; j < columns.count; j += run)
+      band.quantize(j, j + run < columns.count ? j + run : columns.count);
   };
   for_bands(args.batch, by_row ? Blocks(args.n, 1) : rows_of, args.k, args.threads, task);
 }
