@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -38,21 +39,25 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
         # A kept folder makes rebuilds incremental (make build); pip's own builds start clean,
         # because CMake remembers tools of the isolated environment, which is gone the next time.
-        build = Path(os.environ.get("MOESAIC_BUILD_DIR") or self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        kept = os.environ.get("MOESAIC_BUILD_DIR")
+        with tempfile.TemporaryDirectory(prefix="moesaic-") as fresh:
+            self.cmake(Path(kept or fresh).resolve() / "cmake", output, pybind11.get_cmake_dir())
+
+    def cmake(self, build: Path, output: Path, pybind11_dir: str) -> None:
+        """Configure and build in the folder ``build``; the module goes to ``output``."""
         ninja = ["-GNinja"] if shutil.which("ninja") else []
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), *ninja,
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11_dir}",
             f"-DMOESAIC_OUTPUT_DIR={output.parent}",
             f"-DMOESAIC_OUTPUT_NAME={output.name}",
             *os.environ.get("MOESAIC_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        output.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(configure, check=True)
         jobs = str(os.cpu_count() or 2)
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)

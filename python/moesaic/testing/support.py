@@ -65,8 +65,11 @@ def table(support: Support) -> str:
         "|---|---|---|---|---|",
     ]
     for op in sorted(counts, key=lambda n: (order.get(rooms.get(n, ""), 9), n)):
+        if op not in rooms:
+            lines.append(f"| composed | `{op}` | all | as its parts | as its parts |")
+            continue
         cells = [_cell(*counts[op][b]) for b in ("cpu", "triton")]
-        lines.append(f"| {rooms.get(op, 'composed')} | `{op}` | all | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {rooms[op]} | `{op}` | all | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
