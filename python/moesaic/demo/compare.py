@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .progress import progress
 from .runtime import CacheFactory, cache_nbytes, decode, prefill, weight_nbytes
-from .types import Cache, Model
+from .types import Model
 
 #: Decoding is timed in rounds that alternate between the contenders, so that a busy moment of the
 #: machine meets all of them.
@@ -56,14 +56,13 @@ def compare(contenders: Sequence[Contender], prompt: Tensor, held_out: Tensor) -
             runs.append(_prefill(c, prompt))
             step()
         for _ in range(ROUNDS):
-            for c, (cache, tokens) in zip(contenders, runs, strict=True):
+            for c, tokens in zip(contenders, runs, strict=True):
                 _decode_round(c, tokens)
-                c.cache_bytes = cache_nbytes(cache)
                 step()
 
 
-def _prefill(c: Contender, prompt: Tensor) -> tuple[Cache, Iterator[int]]:
-    """Time the prompt a few times; returns the last cache and what continues it."""
+def _prefill(c: Contender, prompt: Tensor) -> Iterator[int]:
+    """Time the prompt a few times; returns what continues it."""
     begin = time.perf_counter()
     with c.setting():
         for _ in range(4):
@@ -73,9 +72,10 @@ def _prefill(c: Contender, prompt: Tensor) -> tuple[Cache, Iterator[int]]:
             c.prefill_rates.append(len(prompt) / (time.perf_counter() - start))
             if time.perf_counter() - begin > SECONDS / 2:
                 break
+        c.cache_bytes = cache_nbytes(cache)
         tokens = decode(c.model, cache, token)
         next(tokens)
-    return cache, tokens
+    return tokens
 
 
 def _decode_round(c: Contender, tokens: Iterator[int]) -> None:
