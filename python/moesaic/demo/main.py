@@ -84,8 +84,8 @@ def main(s: Settings) -> int:
     print(table(contenders))
     print(
         f"\nPerplexity and greedy choices: {held_out.numel()} held-out tokens of Python's language "
-        f"reference.\nSpeeds and KV cache: after a prompt of {held_out.shape[1]} tokens; speeds are "
-        "medians of rounds in turn.\n"
+        f"reference.\nSpeeds and KV cache: after a prompt of {held_out.shape[1]} tokens; speeds "
+        "are medians of rounds in turn.\n"
     )
     exact = ours <= 2 * stock
     print(
