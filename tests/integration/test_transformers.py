@@ -89,7 +89,7 @@ def test_left_padding_changes_nothing(config):
 def test_crop_and_reset():
     model = tiny(LlamaConfig(**SIZES))
     ids = torch.randint(1, 97, (1, 10))
-    exact, error = rounding(model.config, ids)
+    exact, error = rounding(LlamaConfig(**SIZES), ids)
     cache = cache_for(model)
     first = model(ids, past_key_values=cache).logits
     cache.crop(6)
