@@ -3,7 +3,6 @@
     from moesaic.integrations import transformers as moesaic_hf
     moesaic_hf.register()
     model.set_attn_implementation("moesaic")
-    model.set_experts_implementation("moesaic")       # models with experts
     cache = moesaic_hf.PagedCache(model.config, max_tokens=4096)
     model.generate(**inputs, past_key_values=cache)
 
