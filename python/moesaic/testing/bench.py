@@ -8,7 +8,6 @@ reported with their quartiles; roofs are measured in the same session with the s
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 import statistics
@@ -102,7 +101,7 @@ def measure(case: Case, roofs: dict[str, Roofs], seconds: float = 1.0) -> Iterat
     count = max(1, min(64, -(-COLD_BYTES // max(cost.bytes, 1))))
     pool = [first, *(case.make_inputs(seed) for seed in range(1, count))]
     times: dict[str, list[float]] = {}
-    running: list[tuple[Variant, Iterator[Inputs]]] = []
+    running: list[tuple[Variant, list[Inputs]]] = []
     for variant in _variants(case):
         _use(variant.isa)
         prepared = _prepared(variant, case, pool)
@@ -110,13 +109,14 @@ def measure(case: Case, roofs: dict[str, Roofs], seconds: float = 1.0) -> Iterat
             yield f"{case}: {variant.name}: {prepared}"
             continue
         times[variant.name] = []
-        running.append((variant, itertools.cycle(prepared)))
+        running.append((variant, prepared))
     end = time.perf_counter() + seconds * len(running)
     rounds = 0
     while running and (rounds < 5 or time.perf_counter() < end):
-        for variant, inputs in running:
+        for i, (variant, inputs) in enumerate(running):
             _use(variant.isa)
-            arguments = next(inputs)
+            # Each variant is elsewhere in the pool: none finds in the cache what another just read.
+            arguments = inputs[(rounds + i * len(inputs) // len(running)) % len(inputs)]
             start = time.perf_counter()
             variant.call(arguments)
             times[variant.name].append(time.perf_counter() - start)
