@@ -50,8 +50,8 @@ clean:
 	rm -rf .venv build python/moesaic/_C*.so python/*.egg-info .pytest_cache .hypothesis
 
 .venv/torch:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo 'moesaic needs Python >= 3.10; name one with make PYTHON=...'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'make needs Python >= 3.11, as transformers does: make PYTHON=...; pip install . takes 3.10'; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)" "numpy<2.4"
 	@touch $@
