@@ -266,14 +266,27 @@ def _run(op: Op, backend: str | None, args: tuple[Any, ...]) -> Any:
     return select(op, backend, args).call(*args)
 
 
-def _plain(args: tuple[Any, ...]) -> tuple[bool, bool]:
-    """(every tensor is a plain torch.Tensor, some tensor requires grad)."""
-    plain, grad = True, False
+def _plain(args: tuple[Any, ...]) -> tuple[bool, bool, bool]:
+    """(every tensor is a plain torch.Tensor, some tensor requires grad, some is lazily negated)."""
+    plain, grad, negated = True, False, False
+    eager = not torch.compiler.is_compiling()  # the dispatcher resolves negations by itself
     for a in args:
         if isinstance(a, Tensor):
             plain &= type(a) in (Tensor, torch.nn.Parameter)
             grad |= a.requires_grad
-    return plain, grad
+            negated |= eager and a.is_neg()
+    return plain, grad, negated
+
+
+def _materialize(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors whose negation torch has only noted (imag of a conjugate), written out: a kernel sees
+    memory, not the note."""
+    if op.mutates:
+        raise ValueError(
+            f"{op.name}: tensors: expected none with torch's negative bit, got one. "
+            "Pass tensor.resolve_neg()"
+        )
+    return tuple(a.resolve_neg() if isinstance(a, Tensor) else a for a in args)
 
 
 def call(name: str, *args: Any, backend: str | None = None) -> Any:
@@ -284,7 +297,9 @@ def call(name: str, *args: Any, backend: str | None = None) -> Any:
       fake tensors and tensor subclasses the op goes through ``torch.ops.moesaic``.
     """
     op = _ops[name]
-    plain, grad = _plain(args)
+    plain, grad, negated = _plain(args)
+    if negated:
+        args = _materialize(op, args)
     if grad and torch.is_grad_enabled():
         return op.implementations["reference"].call(*args)
     if torch.compiler.is_compiling() or not plain:

@@ -77,7 +77,7 @@ CASES = [
     (experts(w13_bias=torch.zeros(3, 8)), ValueError, "fused_experts: w13_bias: expected shape [3, 12], got float32 [3, 8]"),
     (experts(w2_bias=torch.zeros(3, 12)), ValueError, "fused_experts: w2_bias: expected shape [3, 8], got float32 [3, 12]"),
     (experts(apply_router_weight_on_input=True), ValueError, "fused_experts: apply_router_weight_on_input: expected False unless top_k is 1, got True with top_k 2"),
-    (experts(num_identity_experts=-1), ValueError, "fused_experts: num_identity_experts: expected an int >= 0, got -1"),
+    (experts(num_identity_experts=-1), ValueError, "fused_experts: num_identity_experts: expected an int in [0, 1073741824], got -1"),
     (experts(expert_map=TI), ValueError, "fused_experts: expert_map: expected 1 dimensions, got int32 [4, 2]"),
     (experts(shared_w13=W13[0]), TypeError, "fused_experts: shared_w2: expected a torch.Tensor, got NoneType"),
     (experts(shared_gate=X[:1]), ValueError, "fused_experts: shared_gate: expected None without shared_w13 and shared_w2, got a tensor"),

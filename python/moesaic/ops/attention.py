@@ -93,8 +93,11 @@ def _pages(op: str, k_cache: Any, v_cache: Any, layout: str, like: Tensor) -> tu
     _check.tensor(op, "v_cache", v_cache, shape=shape, dtypes=CACHES, like=like)
     if layout == "HND":
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    if not (k_cache.shape[1] and k_cache.shape[2]):
-        _check.fail(op, "k_cache", "at least one slot and one head", _check.describe(k_cache))
+    if not all(k_cache.shape[1:]):
+        expected = "at least one slot, head and dimension"
+        _check.fail(op, "k_cache", expected, _check.describe(k_cache))
+    if not v_cache.shape[3]:
+        _check.fail(op, "v_cache", "at least one dimension", _check.describe(v_cache))
     return k_cache, v_cache
 
 
@@ -242,7 +245,8 @@ def paged_attention(
 def _window(op: str, window: Any) -> tuple[int, int]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         _check.fail(op, "window", "a pair (left, right)", repr(window), kind=TypeError)
-    left, right = (_check.integer(op, "window", side, -1) for side in window)
+    # No sequence is longer than int32: a wider window is that wide.
+    left, right = (min(_check.integer(op, "window", side, -1), 2**31 - 1) for side in window)
     return left, right
 
 

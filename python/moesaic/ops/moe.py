@@ -394,7 +394,7 @@ def fused_experts(
         _optional_floats(op, "w2_bias", w2_bias, x, shape=(experts, hidden)),
         apply_router_weight_on_input,
         _optional_ids(op, "expert_map", expert_map, x, ndim=1),
-        _check.integer(op, "num_identity_experts", num_identity_experts, 0),
+        _check.integer(op, "num_identity_experts", num_identity_experts, 0, 2**30),
         *shared, _optional_floats(op, "shared_gate", shared_gate, x, shape=(1, hidden)),
         backend=backend,
     )  # fmt: skip

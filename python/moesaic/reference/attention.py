@@ -493,7 +493,8 @@ def _attend(
     seen = visible.any(0)[:, None, None]
     k, v = torch.where(seen, k, 0.0), torch.where(seen, v, 0.0)
 
-    grouped = q.reshape(q_len, num_kv_heads, -1, q.shape[-1])
+    group = num_heads // num_kv_heads
+    grouped = q.reshape(q_len, num_kv_heads, group, q.shape[-1])
     scores = torch.einsum("tgrd,ngd->tgrn", grouped, k).reshape(q_len, num_heads, num_keys) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -513,7 +514,7 @@ def _attend(
     denominator = total.masked_fill(empty, 1.0)
     if sinks is not None:
         denominator = denominator + torch.exp(sinks.to(q.dtype) - top.squeeze(-1))
-    grouped = weights.reshape(q_len, num_kv_heads, -1, num_keys)
+    grouped = weights.reshape(q_len, num_kv_heads, group, num_keys)
     out = _weighted_sum(grouped, v, visible).reshape(q_len, num_heads, v_dim)
     return out / denominator.unsqueeze(-1), lse
 

@@ -166,6 +166,7 @@ def _pack_scales(
 
 def unpack(packed: PackedWeight) -> QuantTensor | Tensor:
     """What :func:`pack` was given, bit for bit."""
+    verify(packed)
     plan = _served(packed.format)
     shape = tuple(packed.shape)
     experts, n, k, _ = _grid(shape)
@@ -210,8 +211,51 @@ def _form(spec: str, shape: tuple[int, ...]) -> Any:
     )
 
 
+@lru_cache(maxsize=4096)
+def _buffers(spec: str, shape: tuple[int, ...]) -> tuple[tuple[str, torch.dtype, int, bool], ...]:
+    """(field, dtype, elements, required) of a weight packed from this format and shape."""
+    plan = _served(spec)
+    experts, _, k, panels = _grid(shape)
+    outputs, blocks = experts * panels * PANEL, -(-k // plan.block)
+    dense = spec.startswith("dense:")
+    if plan.scale_kind == _SHARED:
+        scales = prod(QuantFormat.from_string(spec).scale_shape(shape))
+    else:
+        scales = outputs * blocks if plan.scale_kind != _NONE else 0
+    scale_dtype = torch.uint8 if plan.scale_kind in (_E8M0, _E4M3) else torch.float32
+    codes = experts * panels * -(-k // 4) * _C.group_bytes(plan.element)
+    return (
+        ("data", torch.uint8, codes, True),
+        ("scale", scale_dtype, scales, plan.scale_kind != _NONE),
+        ("row_scale", torch.float32, outputs, plan.scale_kind == _NONE and not dense),
+        ("poison", torch.float32, outputs, False),
+    )
+
+
+def verify(packed: PackedWeight) -> None:
+    """Refuse a weight that was edited or damaged: the kernels trust its addresses.
+
+    Raises ValueError naming the field, what the format and shape need, and what it holds.
+    """
+    for name, dtype, count, required in _buffers(packed.format, tuple(packed.shape)):
+        t = getattr(packed, name)
+        if t is None and not required:
+            continue
+        # Row scales of a weight without outputs still hold one panel.
+        if (
+            t is None or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous()
+            or (t.numel() != count if name in ("data", "scale") else t.numel() < count)
+        ):  # fmt: skip
+            got = "None" if t is None else f"{t.dtype} {list(t.shape)} on {t.device}"
+            raise ValueError(
+                f"packed weight: {name}: expected {count} contiguous {dtype} on cpu for "
+                f"{packed.format} {list(packed.shape)}, got {got}. Pack it again"
+            )
+
+
 def matrix(packed: PackedWeight) -> Any:
     """The weight as the kernels see it: addresses only, ``packed`` must outlive it."""
+    verify(packed)
     return _form(packed.format, packed.shape).at(
         packed.data.data_ptr(), address(packed.scale), address(packed.row_scale),
         address(packed.poison),
@@ -248,6 +292,9 @@ def _pack_weight(
 
 def _why_not_packed(*packed: Any) -> str | None:
     layout = packed[7]
+    reason = _not_here(packed[0])
+    if reason is not None:
+        return reason
     return None if layout == LAYOUT else f"the weight was packed as {layout!r}, not {LAYOUT!r}"
 
 

@@ -101,7 +101,7 @@ def _quantize(
     computed = torch.empty(0)
     if format.global_scale and global_scale is None:
         amax = _amax(rows, row_global_scale, eps, amax_ub)
-        computed = _reference.global_scale_of(amax, format).reshape(*lead, -1, 1)
+        computed = _reference.global_scale_of(amax, format).reshape(*lead, amax.shape[1], 1)
         global_scale = computed
     grid = format.scale_shape(shape)
     static = scale is not None
